@@ -1,0 +1,1 @@
+"""Formulas on arrays: pure functions that import nothing but jax."""

@@ -1,0 +1,182 @@
+"""The mean and variance of a batch, as one value that merges with others of its kind.
+
+With weights w_i (1 where there is no mask) and n = sum_i w_i, per feature
+
+    mean = 1/n sum_i w_i x_i        var = 1/n sum_i w_i (x_i - mean)^2
+
+`var` is biased (Ioffe & Szegedy 2015, Algorithm 1).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Axes = int | Sequence[int]
+
+
+class Moments(NamedTuple):
+    """Mean, biased variance and number of elements of each feature.
+
+    Attributes:
+      mean: `[features]` (the kept axes of the input, in their order), float32 or float64.
+      var: like `mean`, never negative.
+      count: sum of the weights, float; of shape `[]`, or `[features]` where the mask
+        differs between features. 0 means that nothing was seen: `mean` and `var` are 0.
+    """
+
+    mean: jax.Array
+    var: jax.Array
+    count: jax.Array
+
+
+def moments(
+    x: jax.Array,
+    *,
+    axis: Axes = -1,
+    mask: jax.Array | None = None,
+    axis_name: Hashable | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+) -> Moments:
+    """Mean and biased variance over every axis but the feature axes.
+
+    Half-precision input is accumulated in float32, float64 in float64. The relative
+    error of `var` in float32 stays below 1e-4 for |mean| up to 1e4 std.
+
+    Args:
+      x: floating-point array of any rank.
+      axis: the feature axis, or axes, to keep.
+      mask: bool, or non-negative weights; of x's rank and broadcastable to its shape.
+        Where it is 0 the value of x does not matter, NaN included.
+      axis_name: mapped axis (or axes) of `jax.pmap`, `jax.shard_map` or `jax.vmap` to
+        gather over; every replica counts with the number of its elements.
+      axis_index_groups: groups of indices within that axis, as `jax.lax.psum` takes them.
+
+    Raises:
+      TypeError: x is not floating point.
+      ValueError: an axis outside x's rank or named twice, no elements to average, or a
+        mask of another rank or shape.
+    """
+    x = jnp.asarray(x)
+    _, reduced = split_axes(x, axis)
+    local = _local_moments(x, reduced, weights(x, mask))
+    return local if axis_name is None else sync(local, axis_name, axis_index_groups)
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """The moments of two disjoint sets of elements from the moments of each.
+
+        n = n_a + n_b    mean = mean_a + n_b/n (mean_b - mean_a)
+        var = n_a/n var_a + n_b/n var_b + n_a/n n_b/n (mean_b - mean_a)^2
+
+    Associative and commutative to rounding; Moments of count 0 are the identity.
+    Source: Chan, Golub & LeVeque 1979, "Updating formulae", equation 2.1.
+    """
+    count = a.count + b.count
+    part_b = b.count / jnp.where(count > 0, count, 1)
+    part_a = 1 - part_b
+    delta = b.mean - a.mean
+    return Moments(
+        mean=a.mean + part_b * delta,
+        var=part_a * a.var + part_b * b.var + part_a * part_b * delta**2,
+        count=count,
+    )
+
+
+def sync(
+    local: Moments,
+    axis_name: Hashable,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+) -> Moments:
+    """`merge` over a mapped axis: every replica gets the moments of all replicas' elements.
+
+    Two all-reduces: the sums of (n, n mean), then the sum of n (var + (mean_i - mean)^2).
+    One all-reduce of (n, sum x, sum x^2) would do, and be wrong by a factor of 6 at
+    |mean| = 1e4 std.
+    """
+    psum = functools.partial(
+        lax.psum, axis_name=axis_name, axis_index_groups=axis_index_groups
+    )
+    count, total = psum((local.count, local.count * local.mean))
+    some = jnp.where(count > 0, count, 1)
+    mean = total / some
+    spread = local.count * (local.var + (local.mean - mean) ** 2)
+    return Moments(mean, psum(spread) / some, count)
+
+
+def _local_moments(x: jax.Array, reduced: tuple[int, ...], w: jax.Array | None) -> Moments:
+    count = element_count(x, reduced, w)
+    some = jnp.where(count > 0, count, 1)
+
+    def average(v):
+        return jnp.sum(weigh(v, w), axis=reduced) / some
+
+    x = x.astype(accumulation_dtype(x))
+    # Corrected two-pass: the rounding error of the first mean (.3 std at mean = 1e4 std
+    # and 262,144 elements) is itself averaged, and taken out of both results.
+    rough = average(x)
+    centred = x - jnp.expand_dims(rough, reduced)
+    error = average(centred)
+    var = jnp.maximum(average(centred**2) - error**2, 0)
+    return Moments(rough + error, var, count)
+
+
+def split_axes(x: jax.Array, axis: Axes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The feature axes of x and the axes to reduce, both non-negative and ascending."""
+    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    if any(not -x.ndim <= a < x.ndim for a in axes):
+        raise ValueError(f"axis={axis} does not exist in an input of shape {x.shape}")
+    kept = tuple(sorted({a % x.ndim for a in axes}))
+    if len(kept) != len(axes):
+        raise ValueError(f"axis={axis} names an axis of shape {x.shape} twice")
+    return kept, tuple(a for a in range(x.ndim) if a not in kept)
+
+
+def accumulation_dtype(x: jax.Array) -> jnp.dtype:
+    """float32 for float16, bfloat16 and float32; float64 for float64."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"batch normalisation of {x.dtype} input: cast it to a floating-point dtype"
+        )
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def weights(x: jax.Array, mask: jax.Array | None) -> jax.Array | None:
+    """The mask as weights in x's accumulation dtype, a constant to differentiation."""
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask)
+    fits = mask.ndim == x.ndim and all(
+        m in (1, s) for m, s in zip(mask.shape, x.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"a mask of shape {mask.shape} for an input of shape {x.shape}: it must have "
+            "the input's rank, with sizes equal to the input's or 1"
+        )
+    return lax.stop_gradient(mask.astype(accumulation_dtype(x)))
+
+
+def weigh(v: jax.Array, w: jax.Array | None) -> jax.Array:
+    """w v, and 0 where w is 0 whatever v is there (padding may hold NaN)."""
+    return v if w is None else jnp.where(w > 0, w * v, 0)
+
+
+def element_count(x: jax.Array, reduced: tuple[int, ...], w: jax.Array | None) -> jax.Array:
+    """Sum of the weights per feature; `[]` unless the mask differs between features."""
+    dtype = accumulation_dtype(x)
+    if w is None:
+        count = math.prod(x.shape[a] for a in reduced)
+        if count == 0 or x.size == 0:
+            raise ValueError(f"no elements to normalise over in an input of shape {x.shape}")
+        return jnp.asarray(count, dtype)
+    # Each element of a broadcast mask stands for this many of x.
+    repeats = math.prod(x.shape[a] for a in reduced if w.shape[a] == 1)
+    count = repeats * jnp.sum(w, axis=reduced)
+    return count.reshape(()) if count.size == 1 else count
