@@ -1,0 +1,6 @@
+"""Datasets as arrays on the device, and the order in which a run sees them."""
+
+from bn_jax.data.batches import batch_indices
+from bn_jax.data.dataset import Dataset, Split, load
+
+__all__ = ["Dataset", "Split", "batch_indices", "load"]

@@ -1,0 +1,42 @@
+"""Shuffling and batching on the device, as a pure function of a run's key."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def batch_indices(
+    key: jax.Array, first_step: jax.Array, num_steps: int, num_examples: int, batch_size: int
+) -> jax.Array:
+    """Which examples the steps first_step .. first_step + num_steps - 1 train on.
+
+    Every epoch is a fresh permutation, `permutation(fold_in(key, epoch))`, cut into
+    batches; the last num_examples % batch_size examples of it are left out. The order
+    depends on the key and the step alone, so a run can be continued at any step.
+
+    Args:
+      key: of the run.
+      first_step: int32 `[]`, may be traced.
+      num_steps, num_examples, batch_size: static.
+
+    Returns:
+      int32 `[num_steps, batch_size]`.
+
+    Raises:
+      ValueError: batch_size is larger than num_examples.
+    """
+    per_epoch = num_examples // batch_size
+    if per_epoch == 0:
+        raise ValueError(f"a batch of {batch_size} from {num_examples} examples")
+    # The first step may be the last of its epoch.
+    epochs = -(-(per_epoch - 1 + num_steps) // per_epoch)
+
+    def one_epoch(epoch):
+        order = jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)
+        return order[: per_epoch * batch_size].reshape(per_epoch, batch_size)
+
+    batches = jax.vmap(one_epoch)(first_step // per_epoch + jnp.arange(epochs))
+    batches = batches.reshape(epochs * per_epoch, batch_size)
+    return lax.dynamic_slice_in_dim(batches, first_step % per_epoch, num_steps)

@@ -1,0 +1,115 @@
+"""`load`: a dataset by name, split and ready for the device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bn_jax.data import tfds
+from bn_jax.data.cache import cached, default_cache_dir
+from bn_jax.data.toy import TOYS
+from bn_jax.errors import UserError
+
+SCALINGS = ("standard", "unit", "raw")
+
+
+class Split(NamedTuple):
+    """Inputs `[n, ...]` as they are stored (uint8 for images), labels `[n]` int32."""
+
+    inputs: jax.Array
+    labels: jax.Array
+
+
+class Dataset(NamedTuple):
+    """Three splits on the device, and the affine map that a network's input goes through.
+
+    A network sees `(inputs - offset) * factor` in float32: stored inputs are a quarter of
+    the size of scaled ones.
+    """
+
+    train: Split
+    validation: Split
+    test: Split
+    num_classes: int
+    offset: jax.Array
+    factor: jax.Array
+
+    def scaled(self, inputs: jax.Array) -> jax.Array:
+        """Stored inputs as a network sees them, float32."""
+        return (inputs.astype(jnp.float32) - self.offset) * self.factor
+
+
+def load(
+    name: str,
+    *,
+    validation_fraction: float = 0.2,
+    scaling: str = "standard",
+    data_dir: str | None = None,
+    cache_dir: str | None = None,
+) -> Dataset:
+    """Loads a dataset: `circles`, `digits`, or one of tensorflow-datasets by its name.
+
+    Args:
+      name: the dataset; "set/config:version" for one of tensorflow-datasets.
+      validation_fraction: share of the training examples that is carved off, at random
+        but always the same, for choosing among runs; in (0, 1).
+      scaling: `standard` (mean 0 and variance 1 of the training inputs in each channel),
+        `unit` (divided by the largest magnitude) or `raw`.
+      data_dir: of tensorflow-datasets; else `TFDS_DATA_DIR`, else its default.
+      cache_dir: for decoded arrays; by default under the user's cache directory.
+
+    Raises:
+      UserError: anything about the names or files that the user can mend.
+    """
+    if not 0 < validation_fraction < 1:
+        raise UserError(f"validation_fraction {validation_fraction}: it must be in (0, 1)")
+    arrays = _arrays(name, data_dir, cache_dir)
+    n = len(arrays.train_labels)
+    held_out = round(n * validation_fraction)
+    if not 0 < held_out < n:
+        raise UserError(
+            f"validation_fraction {validation_fraction} of {n} examples leaves a part empty"
+        )
+    order = np.random.default_rng(0).permutation(n)
+    # Sorted: an ordered gather from a mapped file is several times faster.
+    validation, train = np.sort(order[:held_out]), np.sort(order[held_out:])
+    offset, factor = _affine(arrays, scaling)
+    return Dataset(
+        Split(*_put(arrays.train_inputs[train], arrays.train_labels[train])),
+        Split(*_put(arrays.train_inputs[validation], arrays.train_labels[validation])),
+        Split(*_put(arrays.test_inputs, arrays.test_labels)),
+        arrays.num_classes,
+        offset,
+        factor,
+    )
+
+
+def _arrays(name, data_dir, cache_dir):
+    if name in TOYS:
+        return TOYS[name]()
+    folder = tfds.resolve_data_dir(data_dir)
+    return cached(
+        name,
+        tfds.fingerprint(name, folder),
+        Path(cache_dir).expanduser() if cache_dir else default_cache_dir(),
+        lambda: tfds.read(name, folder),
+    )
+
+
+def _affine(arrays, scaling):
+    if scaling == "standard":
+        std = np.array(arrays.std)
+        offset, factor = np.array(arrays.mean), 1 / np.where(std > 0, std, 1)
+    elif scaling in SCALINGS:
+        offset, factor = 0.0, 1 / arrays.peak if scaling == "unit" else 1.0
+    else:
+        raise UserError(f"unknown scaling {scaling!r}: {', '.join(SCALINGS)}")
+    return jnp.asarray(offset, jnp.float32), jnp.asarray(factor, jnp.float32)
+
+
+def _put(*arrays):
+    return (jnp.asarray(a) for a in arrays)

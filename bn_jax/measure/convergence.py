@@ -1,0 +1,85 @@
+"""How many steps a run needs, over runs of which some never get there.
+
+A run that did not reach the target is `None`, and counts as one that needs infinitely
+many steps: it is never dropped, and never averaged in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+RESAMPLES = 10_000
+
+Needed = Sequence[float | None]
+
+
+def steps_to_target(
+    steps: Sequence[int], values: Sequence[float | None], target: float
+) -> int | None:
+    """The first of `steps` whose value is at least the target, or None.
+
+    Args:
+      steps: of the evaluations, ascending.
+      values: at those steps; None where the run had diverged.
+      target: accuracy to reach.
+    """
+    reached = (s for s, v in zip(steps, values, strict=True) if v is not None and v >= target)
+    return next(reached, None)
+
+
+def median(needed: Needed) -> float | None:
+    """The median over runs; None where half of them or more did not reach."""
+    return _number(np.median(_with_infinities(needed)))
+
+
+def median_interval(needed: Needed) -> list[float | None]:
+    """95 % interval of the median over runs: percentile bootstrap, 10,000 resamples.
+
+    An end is None where it lies among the runs that did not reach.
+    """
+    values = _with_infinities(needed)
+    medians = np.median(values[_resamples(len(values))], axis=1)
+    return _percentiles(medians, medians)
+
+
+def speedup(base: Needed, arm: Needed) -> tuple[float | None, list[float | None]]:
+    """median(base) / median(arm), and its 95 % interval.
+
+    The two belong to the same seeds in the same order, which are resampled together: runs
+    of one seed share their data order and initial weights.
+
+    Returns:
+      (ratio, [low, high]); the ratio is None where either median is, an end where it is
+      infinite. Resamples in which neither side reaches widen the interval on both ends.
+    """
+    a, b = _with_infinities(base), _with_infinities(arm)
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} runs of one arm and {len(b)} of the other")
+    rows = _resamples(len(a))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratios = np.median(a[rows], axis=1) / np.median(b[rows], axis=1)
+    unknown = np.isnan(ratios)
+    ends = _percentiles(np.where(unknown, 0, ratios), np.where(unknown, np.inf, ratios))
+    over, under = median(base), median(arm)
+    return (None if over is None or not under else over / under), ends
+
+
+def _resamples(n):
+    return np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
+
+
+def _percentiles(for_low, for_high):
+    # No interpolation: between a number and infinity there is nothing to interpolate.
+    low = np.quantile(for_low, 0.025, method="lower")
+    high = np.quantile(for_high, 0.975, method="higher")
+    return [_number(low), _number(high)]
+
+
+def _with_infinities(needed):
+    return np.array([np.inf if v is None else v for v in needed], np.float64)
+
+
+def _number(v):
+    return float(v) if np.isfinite(v) else None

@@ -1,0 +1,161 @@
+"""Two ways to train a chunk of the grid, with one interface.
+
+`Together`: all runs in one vmapped program that scans over the steps. For dense networks.
+`InTurn`: one run, step by step through one compiled step. For networks with convolutions
+on CPU, where XLA runs a convolution within a loop some 25 times slower, and a vmapped one
+as a slow grouped convolution.
+
+Both compile when they are made. `init(chunk)` gives a state, `advance(state, chunk,
+first_step)` the state `eval_every` steps later, `evaluate(state, chunk)` a dict of
+`[points, seeds]` arrays. States are donated: use each once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from bn_jax.measure.grid import Budget, Chunk
+from bn_jax.training.run import Run, data_key
+
+
+class Together:
+    """A chunk of any size at once."""
+
+    def __init__(self, run: Run, dataset: Any, budget: Budget, example: Chunk):
+        self._dataset = dataset
+
+        def init(_, key, swept, dataset):
+            return run.init(key, swept, dataset.train.inputs)
+
+        def advance(state, key, swept, dataset, first_step):
+            rows = run.batches(data_key(key), first_step, budget.eval_every)
+            state = state._replace(loss_sum=jnp.float32(0))
+
+            def step(state, rows):
+                return run.step(state, swept, dataset.train, rows), None
+
+            return lax.scan(step, state, rows)[0]
+
+        def evaluate(state, key, swept, dataset):
+            def means(split):
+                rows = _rows(split, budget)
+                sums = lax.map(lambda r: run.evaluate(state, swept, split, r), rows)
+                return jax.tree.map(jnp.sum, sums)
+
+            return _report(state, means(dataset.validation), means(dataset.test), dataset)
+
+        inputs = (example.keys, example.swept, dataset)
+        state = jax.eval_shape(_over_grid(init, 1), None, *inputs)
+        self._init = _compile(_over_grid(init, 1), None, *inputs)
+        self._advance = _compile(_over_grid(advance, 2), state, *inputs, np.int32(0), donate=0)
+        self._evaluate = _compile(_over_grid(evaluate, 1), state, *inputs)
+
+    def init(self, chunk: Chunk) -> Any:
+        """The state of every run before its first step."""
+        return self._init(None, chunk.keys, chunk.swept, self._dataset)
+
+    def advance(self, state: Any, chunk: Chunk, first_step: int) -> Any:
+        """The state `eval_every` steps later."""
+        inputs = (chunk.keys, chunk.swept, self._dataset)
+        return self._advance(state, *inputs, np.int32(first_step))
+
+    def evaluate(self, state: Any, chunk: Chunk) -> dict[str, np.ndarray]:
+        """Losses, accuracies and `diverged_at`, `[points, seeds]` each."""
+        report = self._evaluate(state, chunk.keys, chunk.swept, self._dataset)
+        return jax.tree.map(np.asarray, report)
+
+
+class InTurn:
+    """A chunk of one run."""
+
+    def __init__(self, run: Run, dataset: Any, budget: Budget, example: Chunk):
+        self._dataset, self._budget = dataset, budget
+        key, swept = _only(example)
+
+        def init(key, swept, split):
+            return run.init(key, swept, split.inputs)
+
+        def order(key, first_step):
+            return run.batches(data_key(key), first_step, budget.eval_every)
+
+        def step(state, swept, split, order, i):
+            state = state._replace(loss_sum=jnp.where(i == 0, 0, state.loss_sum))
+            return run.step(state, swept, split, order[i])
+
+        train = dataset.train
+        state = jax.eval_shape(init, key, swept, train)
+        rows = jax.eval_shape(order, key, np.int32(0))
+        self._init = _compile(init, key, swept, train)
+        self._order = _compile(order, key, np.int32(0))
+        self._step = _compile(step, state, swept, train, rows, np.int32(0), donate=0)
+        self._count = {
+            name: _compile(run.evaluate, state, swept, split, _rows(split, budget)[0])
+            for name, split in _held_out(dataset)
+        }
+
+    def init(self, chunk: Chunk) -> Any:
+        """The state before the first step."""
+        return self._init(*_only(chunk), self._dataset.train)
+
+    def advance(self, state: Any, chunk: Chunk, first_step: int) -> Any:
+        """The state `eval_every` steps later; the steps are queued, not waited for."""
+        key, swept = _only(chunk)
+        order = self._order(key, np.int32(first_step))
+        for i in range(self._budget.eval_every):
+            state = self._step(state, swept, self._dataset.train, order, np.int32(i))
+        return state
+
+    def evaluate(self, state: Any, chunk: Chunk) -> dict[str, np.ndarray]:
+        """Losses, accuracies and `diverged_at`, `[1, 1]` each."""
+        _, swept = _only(chunk)
+        sums = []
+        for name, split in _held_out(self._dataset):
+            parts = [
+                self._count[name](state, swept, split, r) for r in _rows(split, self._budget)
+            ]
+            sums.append(jax.tree.map(lambda *v: sum(v), *parts))
+        report = _report(state, *sums, self._dataset)
+        return {k: np.asarray(v).reshape(1, 1) for k, v in report.items()}
+
+
+def _report(state, validation, test, dataset):
+    n, m = dataset.validation.labels.shape[0], dataset.test.labels.shape[0]
+    return {
+        "loss_sum": state.loss_sum,
+        "validation_loss": validation.loss / n,
+        "validation_accuracy": validation.accuracy / n,
+        "test_loss": test.loss / m,
+        "test_accuracy": test.accuracy / m,
+        "diverged_at": state.diverged_at,
+    }
+
+
+def _rows(split, budget):
+    """All example numbers in chunks of one size, the last with some past the end."""
+    n = split.labels.shape[0]
+    count = -(-n // budget.eval_batch)
+    size = -(-n // count)
+    return np.arange(count * size, dtype=np.int32).reshape(count, size)
+
+
+def _held_out(dataset):
+    return (("validation", dataset.validation), ("test", dataset.test))
+
+
+def _over_grid(f, shared):
+    """f(state, key, swept, *shared) for states [points, seeds], keys [seeds], swept [points]."""
+    rest = (None,) * shared
+    return jax.vmap(jax.vmap(f, (0, 0, None, *rest)), (0, None, 0, *rest))
+
+
+def _compile(f, *args, donate=()):
+    return jax.jit(f, donate_argnums=donate).lower(*args).compile()
+
+
+def _only(chunk):
+    return chunk.keys[0], jax.tree.map(lambda v: v[0], chunk.swept)

@@ -1,0 +1,74 @@
+"""What a sweep is over, and how long its runs are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bn_jax.errors import UserError
+from bn_jax.training.run import Swept
+
+
+class Point(NamedTuple):
+    """One point of the grid; momentum is None for a network without running statistics."""
+
+    learning_rate: float
+    init_scale: float = 1.0
+    momentum: float | None = None
+
+
+class Budget(NamedTuple):
+    """Steps of a run, steps between evaluations, and how many examples those take at once."""
+
+    steps: int
+    eval_every: int
+    eval_batch: int = 1000
+
+    def check(self) -> None:
+        """Raises a UserError unless evaluations divide the steps."""
+        if self.steps % self.eval_every:
+            raise UserError(
+                f"eval_every {self.eval_every} does not divide the {self.steps} steps"
+            )
+
+
+class Chunk(NamedTuple):
+    """A rectangle of the grid that is trained at once.
+
+    `keys` and `swept` are filled up to the common size with copies of the last; `points`
+    and `seeds` are what is wanted.
+    """
+
+    points: Sequence[Point]
+    seeds: Sequence[int]
+    keys: jax.Array
+    swept: Swept
+
+    @property
+    def runs(self) -> int:
+        """How many runs are trained, those that only fill up included."""
+        return self.keys.shape[0] * self.swept.learning_rate.shape[0]
+
+
+def chunks(points: Sequence[Point], seeds: Sequence[int], limit: int) -> Iterator[Chunk]:
+    """The grid in rectangles of at most `limit` runs, all of one size: one compilation."""
+    wide = min(len(seeds), limit)
+    high = min(len(points), limit // wide)
+    for i in range(0, len(points), high):
+        for j in range(0, len(seeds), wide):
+            some_points, some_seeds = points[i : i + high], seeds[j : j + wide]
+            keys = jax.vmap(jax.random.key)(jnp.array(_filled(some_seeds, wide)))
+            yield Chunk(some_points, some_seeds, keys, _swept(_filled(some_points, high)))
+
+
+def _filled(items, size):
+    return [*items, *[items[-1]] * (size - len(items))]
+
+
+def _swept(points):
+    # A network without running statistics ignores its momentum.
+    rows = [(p.learning_rate, p.init_scale, p.momentum or 0.0) for p in points]
+    return Swept(*jnp.array(rows, jnp.float32).T)

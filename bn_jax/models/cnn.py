@@ -1,0 +1,43 @@
+"""A small convolutional network."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+
+from bn_jax.models.norms import Norm, hidden_layer, normalized
+
+
+class CNN(nn.Module):
+    """3x3 convolutions, each with its activation, norm and a 2x2 max-pool; one dense layer.
+
+    In convolutional layers a BatchNorm's statistics are over batch and positions (Ioffe &
+    Szegedy 2015, section 3.2).
+
+    Attributes:
+      features: channels of the convolutions, and last the width of the dense layer.
+      num_outputs, norm, places, activation: as in `MLP`.
+    """
+
+    features: Sequence[int]
+    num_outputs: int
+    norm: Norm | None = None
+    places: tuple[str, ...] = ("before",)
+    activation: str = "relu"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Images `[n, height, width, channels]` to outputs `[n, num_outputs]`."""
+        hidden = functools.partial(hidden_layer, self.norm, self.places)
+        if "input" in self.places:
+            x = normalized(self.norm, x, train)
+        *channels, width = self.features
+        for c in channels:
+            x = hidden(functools.partial(nn.Conv, c, (3, 3)), self.activation, x, train)
+            x = nn.max_pool(x, (2, 2), strides=(2, 2))
+        x = x.reshape(x.shape[0], -1)
+        x = hidden(functools.partial(nn.Dense, width), self.activation, x, train)
+        return nn.Dense(self.num_outputs)(x)

@@ -1,0 +1,43 @@
+"""The multilayer perceptron."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+
+from bn_jax.models.norms import Norm, hidden_layer, normalized
+
+
+class MLP(nn.Module):
+    """Dense layers of the given widths, each with its activation and norm, and an output.
+
+    `MLP((100, 100, 100), 10, norm=BatchNorm, activation="sigmoid")` is the network of
+    Ioffe & Szegedy 2015, section 4.1.
+
+    Attributes:
+      features: widths of the hidden layers.
+      num_outputs: width of the output layer, which is linear and never normalised.
+      norm: layer class or partial of one, or None.
+      places: where the norm goes: any of `input`, `before` and `after` (the activation).
+      activation: relu, sigmoid, tanh, elu or gelu.
+    """
+
+    features: Sequence[int]
+    num_outputs: int
+    norm: Norm | None = None
+    places: tuple[str, ...] = ("before",)
+    activation: str = "relu"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """x `[n, ...]`, flattened, to outputs `[n, num_outputs]`."""
+        x = x.reshape(x.shape[0], -1)
+        if "input" in self.places:
+            x = normalized(self.norm, x, train)
+        for width in self.features:
+            dense = functools.partial(nn.Dense, width)
+            x = hidden_layer(self.norm, self.places, dense, self.activation, x, train)
+        return nn.Dense(self.num_outputs)(x)

@@ -1,0 +1,87 @@
+"""Which normalisation goes where: what every model here shares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+
+from bn_jax.linen import BatchNorm
+
+# A layer class, or a partial of one: `functools.partial(BatchNorm, momentum=0.9)`.
+Norm = Callable[..., nn.Module]
+
+PLACES = ("input", "before", "after")
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": nn.relu,
+    "sigmoid": nn.sigmoid,
+    "tanh": nn.tanh,
+    "elu": nn.elu,
+    "gelu": nn.gelu,
+}
+
+
+class GroupNorm(nn.Module):
+    """`flax.linen.GroupNorm` with as many groups, up to `num_groups`, as divide the channels."""
+
+    num_groups: int = 8
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises each example over the groups of its last axis; x `[n, ..., channels]`."""
+        return nn.GroupNorm(num_groups=math.gcd(self.num_groups, x.shape[-1]))(x)
+
+
+NORMS: dict[str, Norm | None] = {
+    "none": None,
+    "bn": BatchNorm,
+    "layer": nn.LayerNorm,
+    "group": GroupNorm,
+}
+
+
+def normalized(norm: Norm | None, x: jax.Array, train: bool) -> jax.Array:
+    """x through a new layer of `norm` (inside a compact method); x itself if it is None."""
+    if norm is None:
+        return x
+    layer = norm()
+    if hasattr(layer, "use_running_average"):
+        return layer(x, use_running_average=not train)
+    return layer(x)
+
+
+def hidden_layer(
+    norm: Norm | None,
+    places: tuple[str, ...],
+    linear: Callable[..., nn.Module],
+    activation: str,
+    x: jax.Array,
+    train: bool,
+) -> jax.Array:
+    """A linear layer, its activation, and the norm before or after that.
+
+    With the norm before the activation the linear layer has no bias: the norm's does the
+    same (Ioffe & Szegedy 2015, section 3.2).
+
+    Args:
+      norm: the layer, or None.
+      places: some of `before`, `after`; others are not for this layer.
+      linear: `nn.Dense` or `nn.Conv` with its size; given use_bias and kernel_init.
+      activation: a key of `ACTIVATIONS`.
+      x: input, channels last.
+      train: whether a BatchNorm uses, and updates, the statistics of the batch.
+    """
+    before = norm is not None and "before" in places
+    x = linear(use_bias=not before, kernel_init=kernel_init(activation))(x)
+    x = normalized(norm, x, train) if before else x
+    x = ACTIVATIONS[activation](x)
+    return normalized(norm, x, train) if "after" in places else x
+
+
+def kernel_init(activation: str) -> nn.initializers.Initializer:
+    """He et al. 2015 for the relu family, Glorot & Bengio 2010 for sigmoid and tanh."""
+    he = activation in ("relu", "elu", "gelu")
+    return nn.initializers.he_normal() if he else nn.initializers.xavier_normal()

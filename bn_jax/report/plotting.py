@@ -1,0 +1,122 @@
+"""What all figures share: one look per arm, axes of rates, the target."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, NamedTuple
+
+from bn_jax.report.text import finite, number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+GREY = "#6b6b6b"
+SMALL = 8.5
+
+
+class Style(NamedTuple):
+    """Colour, marker and dashes: each alone tells the arms apart."""
+
+    color: str
+    marker: str
+    linestyle: str | tuple
+
+    def line(self) -> dict:
+        """Keywords of `Axes.plot` and `Axes.errorbar`."""
+        return self._asdict() | {"linewidth": 1.6, "markersize": 5}
+
+
+# Colours of Okabe & Ito 2008 ("Color universal design"), without the yellow, which is
+# lost on white.
+STYLES = {
+    "none": Style("#000000", "o", (0, (5, 1.5))),
+    "bn": Style("#0072B2", "s", "-"),
+    "layer": Style("#D55E00", "^", (0, (4, 1.5, 1, 1.5))),
+    "group": Style("#009E73", "D", (0, (1.2, 1.2))),
+}
+SPARE = (
+    Style("#CC79A7", "v", (0, (6, 1, 1, 1, 1, 1))),
+    Style("#E69F00", "P", (0, (8, 2))),
+    Style("#56B4E9", "X", (0, (3, 2))),
+)
+
+
+def arm_styles(summary: dict) -> dict[str, Style]:
+    """The look of every arm; that of an arm without one of its own follows from its place."""
+    spare = itertools.cycle(SPARE)
+    return {a["arm"]: STYLES.get(a["arm"]) or next(spare) for a in summary["arms"]}
+
+
+def new_figure(width: float = 7.2, height: float = 3.6) -> Figure:
+    """A white figure, in inches, that no global state of pyplot knows of."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def tidy(ax: Axes, xlabel: str = "", ylabel: str = "") -> None:
+    """Labels, a faint grid behind the data, and no frame where it carries nothing."""
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+    ax.set_axisbelow(True)
+    ax.grid(True, color="#dddddd", linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=SMALL, color=GREY)
+
+
+def rate_axis(ax: Axes, rates: list[float]) -> None:
+    """A log axis with ticks at the rates of the grid, and room at both ends."""
+    ax.set_xscale("log")
+    ax.set_xlim(min(rates) / 1.6, max(rates) * 1.6)
+    shown = rates if len(rates) <= 12 else rates[:: -(-len(rates) // 12)]
+    ax.set_xticks(shown, [number(rate) for rate in shown])
+    ax.minorticks_off()
+
+
+def apart(rates: list[float], place: int, places: int) -> list[float]:
+    """The rates moved by up to 4 % on a log axis, so that the arms do not hide each other."""
+    return [rate * 1.04 ** (place - (places - 1) / 2) for rate in rates]
+
+
+def draw_target(ax: Axes, summary: dict) -> None:
+    """A dashed line at the target with its value, where the target is a test accuracy."""
+    target = summary["target"]
+    if target["metric"] != "test_accuracy":
+        return
+    level = 100 * target["value"]
+    ax.axhline(level, color=GREY, linewidth=1, linestyle=(0, (6, 4)), zorder=1.5)
+    ax.annotate(
+        f"target {level:.4g} %",
+        (0.995, level),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 2.5),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        fontsize=SMALL - 1,
+        color=GREY,
+    )
+
+
+def scaled(values: list[float | None], factor: float = 1.0) -> list[float]:
+    """The values times `factor`; NaN, which matplotlib leaves out, for null."""
+    found = (finite(v) for v in values)
+    return [float("nan") if v is None else factor * v for v in found]
+
+
+def add_legend(figure: Figure, ax: Axes) -> None:
+    """The labels of `ax` above the panels, where they hide nothing."""
+    handles, labels = ax.get_legend_handles_labels()
+    if not labels:
+        return
+    columns = 4 if max(map(len, labels)) <= 12 else 2
+    figure.legend(
+        handles,
+        labels,
+        loc="outside upper left",
+        ncols=columns,
+        frameon=False,
+        fontsize=SMALL,
+        handlelength=3.4,
+    )

@@ -1,0 +1,114 @@
+"""The comparison of two arms as a plain sentence that claims no more than was measured."""
+
+from __future__ import annotations
+
+from bn_jax.report.points import label
+from bn_jax.report.text import finite, number, whole
+
+FEWER_MORE = {"steps": ("fewer steps", "more steps"), "seconds": ("less time", "more time")}
+EQUAL = {"steps": "as many steps", "seconds": "as much time"}
+
+
+def speedup_lines(summary: dict) -> list[str]:
+    """One sentence per arm and its baseline: at their own best rates, then at the same rate.
+
+    "2.9 times fewer steps" is the ratio of the medians over seeds. A ratio below 1 is told
+    as its inverse, "more steps"; an interval with 1 in it is said to allow for chance.
+    """
+    budget = summary["budget_steps"]
+    own = comparisons(summary, budget)
+    lines = [f"Each arm at its own best learning rate: {line}" for line in own]
+    same = summary.get("at_same_learning_rate")
+    if same:
+        where = label(summary, same)
+        lines += [f"All arms at learning {where}: {s}" for s in comparisons(same, budget)]
+    return lines or [nothing_to_compare(summary)]
+
+
+def comparisons(block: dict, budget: int) -> list[str]:
+    """A sentence per speedup of `block`, which has "arms" and "speedup"."""
+    arms = {arm["arm"]: arm for arm in block["arms"]}
+    return [
+        _sentence(s, arms[s["arm"]], arms[s["over"]], budget) for s in block.get("speedup", [])
+    ]
+
+
+def nothing_to_compare(summary: dict) -> str:
+    """The sentence for a summary without a speedup."""
+    names = ", ".join(arm["arm"] for arm in summary["arms"])
+    return f"Nothing to compare: the only runs are of {names or 'no arm at all'}."
+
+
+def _sentence(speedup: dict, arm: dict, base: dict, budget: int) -> str:
+    steps, seconds = speedup["steps"], speedup.get("seconds") or {}
+    if _ratio(steps) is None and finite(steps.get("at_least")) is None:
+        return _unreached(arm, base, budget)
+    single = min(arm["seeds"], base["seeds"]) == 1
+    text = f"{arm['arm']} reaches the target in {_amount(steps, 'steps')}"
+    text += f" {'as' if _equal(steps) else 'than'} {base['arm']}"
+    text += " (one seed: no interval)" if single else _interval(steps, "95 % interval ")
+    if _amount(seconds, "seconds"):
+        contrast = "but " if _faster(steps) != _faster(seconds) else ""
+        text += f"; {contrast}{_amount(seconds, 'seconds')}"
+        text += "" if single else _interval(seconds)
+    if _ratio(steps) is None:
+        text += f"; the median run with {base['arm']} does not reach it within "
+        text += f"{whole(budget)} steps ({base['reached']} of {base['seeds']} runs do)"
+    return text + "."
+
+
+def _amount(part: dict, unit: str) -> str:
+    """ "2.9 times fewer steps"; "" where there is nothing to tell."""
+    ratio, bound = _ratio(part), finite(part.get("at_least"))
+    fewer, more = FEWER_MORE[unit]
+    if ratio is None:
+        return f"more than {number(bound)} times {fewer}" if bound else ""
+    if _equal(part):
+        return EQUAL[unit]
+    return f"{number(max(ratio, 1 / ratio))} times {fewer if ratio > 1 else more}"
+
+
+def _interval(part: dict, name: str = "") -> str:
+    """ " [2.4 to 3.3]", inverted where the ratio is told as its inverse."""
+    ratio = _ratio(part)
+    low, high = (finite(end) for end in part.get("ci95") or (None, None))
+    if ratio is None or (low is None and high is None):
+        return ""
+    chance = (low or 0) <= 1 and (high is None or high >= 1)
+    if ratio < 1:
+        low, high = (1 / high if high else None), (1 / low if low else None)
+    if low is None:
+        text = f"{number(high)} or less"
+    else:
+        text = f"{number(low)} " + ("or more" if high is None else f"to {number(high)}")
+    return f" [{name}{text}{', may be chance' if chance else ''}]"
+
+
+def _ratio(part: dict) -> float | None:
+    ratio = finite(part.get("ratio"))
+    return ratio if ratio is not None and ratio > 0 else None
+
+
+def _equal(part: dict) -> bool:
+    ratio = _ratio(part)
+    return ratio is not None and number(ratio) == "1"
+
+
+def _faster(part: dict) -> bool:
+    ratio = _ratio(part)
+    return ratio is None or ratio > 1
+
+
+def _unreached(arm: dict, base: dict, budget: int) -> str:
+    """For an arm without a median: half of its runs or more do not reach the target."""
+    within = f"reach the target within {whole(budget)} steps"
+    ours, theirs = (f"{a['reached']} of {a['seeds']}" for a in (arm, base))
+    if finite(base["steps_to_target"]["median"]) is None:
+        return (
+            f"the median run does not {within}, with {arm['arm']} ({ours} runs do) "
+            f"or with {base['arm']} ({theirs})."
+        )
+    return (
+        f"the median run with {arm['arm']} does not {within} ({ours} runs do); "
+        f"that with {base['arm']} does ({theirs})."
+    )

@@ -1,0 +1,65 @@
+"""Numbers as text, in ASCII, so that a terminal, a log file and a page show the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+Format = Callable[[float], str]
+
+
+def finite(value: float | None) -> float | None:
+    """`value` as a float; None where it is None, NaN or infinite."""
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def number(value: float) -> str:
+    """Three significant digits; whole with thousands separators from 1,000 up."""
+    rounded = f"{value:.3g}"
+    if abs(float(rounded)) >= 1000:
+        return f"{value:,.0f}"
+    mantissa, e, exponent = rounded.partition("e")
+    return f"{mantissa}e{int(exponent)}" if e else mantissa
+
+
+def whole(value: float) -> str:
+    """Steps: no decimals, thousands separators."""
+    return f"{value:,.0f}"
+
+
+def percent(value: float) -> str:
+    """A fraction in per cent with one decimal, without the sign."""
+    return f"{100 * value:.1f}"
+
+
+def metric_name(metric: str) -> str:
+    """`test_accuracy` as "test accuracy"."""
+    return metric.replace("_", " ")
+
+
+def target_text(target: dict) -> str:
+    """The target as "test accuracy 95 %", or "test loss 0.3"."""
+    name, value = metric_name(target["metric"]), target["value"]
+    return f"{name} {100 * value:.4g} %" if "accuracy" in name else f"{name} {value:.4g}"
+
+
+def plural(count: int, noun: str) -> str:
+    """ "1 run", "5 runs"."""
+    return f"{whole(count)} {noun}" if count == 1 else f"{whole(count)} {noun}s"
+
+
+def bracketed(ci95: list | None, form: Format, open_end: str) -> str:
+    """ "[290, 350]", with `open_end` for an end that is null; "" where both are."""
+    ends = [finite(end) for end in ci95 or (None, None)]
+    if ends == [None, None]:
+        return ""
+    return "[" + ", ".join(open_end if end is None else form(end) for end in ends) + "]"
+
+
+def estimate(value: dict | None, form: Format, *, open_end: str, missing: str) -> str:
+    """Median and interval as two lines, "310" and "[290, 350]"; `missing` for no median."""
+    value = value or {}
+    median = finite(value.get("median"))
+    first = missing if median is None else form(median)
+    second = bracketed(value.get("ci95"), form, open_end)
+    return f"{first}\n{second}" if second else first

@@ -1,0 +1,1 @@
+"""One training step, and a run made of steps, as pure functions."""

@@ -1,0 +1,27 @@
+"""Loss and accuracy."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def cross_entropy(outputs: jax.Array, labels: jax.Array) -> jax.Array:
+    """Per-example cross-entropy in nats, `[n]`.
+
+    Outputs `[n, classes]` are logits of a softmax; `[n, 1]` those of a sigmoid, for
+    labels 0 and 1.
+    """
+    if outputs.shape[-1] == 1:
+        return optax.sigmoid_binary_cross_entropy(
+            outputs[:, 0], labels.astype(outputs.dtype)
+        )
+    return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+
+
+def correct(outputs: jax.Array, labels: jax.Array) -> jax.Array:
+    """Whether the most probable class is the label, bool `[n]`; outputs as above."""
+    if outputs.shape[-1] == 1:
+        return (outputs[:, 0] > 0) == (labels > 0)
+    return jnp.argmax(outputs, -1) == labels
