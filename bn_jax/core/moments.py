@@ -100,9 +100,7 @@ def sync(
     One all-reduce of (n, sum x, sum x^2) would do, and be wrong by a factor of 6 at
     |mean| = 1e4 std.
     """
-    psum = functools.partial(
-        lax.psum, axis_name=axis_name, axis_index_groups=axis_index_groups
-    )
+    psum = functools.partial(lax.psum, axis_name=axis_name, axis_index_groups=axis_index_groups)
     count, total = psum((local.count, local.count * local.mean))
     some = jnp.where(count > 0, count, 1)
     mean = total / some

@@ -29,9 +29,7 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bn_jax"
 
 
-def cached(
-    name: str, fingerprint: str, cache_dir: Path, build: Callable[[], Arrays]
-) -> Arrays:
+def cached(name: str, fingerprint: str, cache_dir: Path, build: Callable[[], Arrays]) -> Arrays:
     """The arrays of `build()`, from the cache where it has them.
 
     Args:

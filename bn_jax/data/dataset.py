@@ -108,7 +108,8 @@ def _affine(arrays, scaling):
         offset, factor = 0.0, 1 / arrays.peak if scaling == "unit" else 1.0
     else:
         raise UserError(f"unknown scaling {scaling!r}: {', '.join(SCALINGS)}")
-    return jnp.asarray(offset, jnp.float32), jnp.asarray(factor, jnp.float32)
+    ones = (1,) * (arrays.train_inputs.ndim - 1)
+    return tuple(jnp.asarray(v, jnp.float32).reshape(*ones, -1) for v in (offset, factor))
 
 
 def _put(*arrays):

@@ -70,9 +70,10 @@ def _builder(name, data_dir):
 
 
 def _prepare(name, data_dir):
+    builder = f"tfds.builder('{name}', data_dir='{data_dir}', file_format='array_record')"
     return (
         "pip install tensorflow importlib_resources && "
-        f"tfds build {name} --file_format=array_record --data_dir={data_dir}"
+        f'python -c "import tensorflow_datasets as tfds; {builder}.download_and_prepare()"'
     )
 
 
@@ -115,10 +116,10 @@ def _decode(builder, split):
         source = builder.as_data_source(split=split)
     except NotImplementedError:
         file_format = builder.info.file_format
+        command = _prepare(builder.name, builder.data_path.parent.parent)
         raise UserError(
             f"dataset {builder.name!r} is prepared as {file_format and file_format.value} in "
-            f"{builder.data_path}, which only TensorFlow reads; prepare it once more: "
-            f"{_prepare(builder.name, builder.data_path.parent.parent)} --overwrite"
+            f"{builder.data_path}, which only TensorFlow reads; delete it, then {command}"
         ) from None
     images = np.empty((len(source), *features[INPUT].shape), features[INPUT].np_dtype)
     labels = np.empty(len(source), np.int32)

@@ -82,6 +82,7 @@ def _train(engine, chunk, budget, on_progress):
     on_progress((budget.steps - done) * len(chunk.points) * len(chunk.seeds))
     return history, {
         "per_step": training / max(done, 1) / chunk.runs,
+        "training": training / chunk.runs,
         "evaluation": evaluation / chunk.runs,
         "runs_at_once": chunk.runs,
     }

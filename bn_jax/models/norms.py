@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class GroupNorm(nn.Module):
-    """`flax.linen.GroupNorm` with as many groups, up to `num_groups`, as divide the channels."""
+    """`flax.linen.GroupNorm` with gcd(num_groups, channels) groups: they divide evenly."""
 
     num_groups: int = 8
 

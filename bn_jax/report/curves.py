@@ -6,11 +6,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bn_jax.report.plotting import Style, add_legend, arm_styles, draw_target, new_figure, tidy
+from bn_jax.report.plotting import (
+    Style,
+    accuracy_axis,
+    add_legend,
+    arm_styles,
+    name_target,
+    new_figure,
+    tidy,
+)
 from bn_jax.report.points import label, same_point
 from bn_jax.report.text import finite, plural
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -22,20 +31,23 @@ def learning_curves(records: list[dict], summary: dict) -> Figure:
     """
     figure = new_figure(height=3.8)
     steps_panel, seconds_panel = figure.subplots(1, 2, sharey=True)
-    for arm in summary["arms"]:
+    for place, arm in enumerate(summary["arms"]):
         runs = [r for r in records if same_point(r, arm)]
         if not runs:
             continue
         style, quartiles = arm_styles(summary)[arm["arm"]], _quartiles(runs)
         steps = np.asarray(runs[0]["steps"], float)
-        _draw(steps_panel, steps, quartiles, style, _runs_label(summary, arm, runs))
-        _draw(seconds_panel, steps * _seconds_per_step(runs), quartiles, style)
-    tidy(steps_panel, "training steps", "test accuracy (%)")
+        _draw(steps_panel, steps, quartiles, style, place)
+        _draw(seconds_panel, steps * _seconds_per_step(runs), quartiles, style, place)
+        steps_panel.lines[-1].set_label(_runs_label(summary, arm, runs))
+    tidy(steps_panel, "training steps")
     tidy(seconds_panel, "training time per run (s)")
     for ax in (steps_panel, seconds_panel):
-        draw_target(ax, summary)
+        accuracy_axis(ax, summary)
         ax.set_xlim(left=0)
-        ax.set_ylim(0, 102)
+        ax.locator_params(axis="x", nbins=5)
+    steps_panel.set_ylabel("test accuracy (%)")
+    name_target(seconds_panel, summary)
     add_legend(figure, steps_panel)
     return figure
 
@@ -53,11 +65,13 @@ def _seconds_per_step(runs: list[dict]) -> float:
     return float(np.median(timed)) if timed else float("nan")
 
 
-def _draw(ax, x: np.ndarray, quartiles: np.ndarray, style: Style, name: str | None = None) -> None:
+def _draw(ax: Axes, x: np.ndarray, quartiles: np.ndarray, style: Style, place: int) -> None:
     low, middle, high = quartiles
     every = max(len(x) // 8, 1)
+    # The markers of one arm between those of the others.
+    markers = ((1 + 2 * place) * every // 8 % every, every)
     ax.fill_between(x, low, high, color=style.color, alpha=0.18, linewidth=0)
-    ax.plot(x, middle, label=name, markevery=every, **style.line())
+    ax.plot(x, middle, markevery=markers, **style.line())
 
 
 def _runs_label(summary: dict, arm: dict, runs: list[dict]) -> str:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from bn_jax.report.text import finite, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Function = Callable[[np.ndarray], np.ndarray]
 
 GREY = "#6b6b6b"
 SMALL = 8.5
@@ -24,7 +29,7 @@ class Style(NamedTuple):
 
     def line(self) -> dict:
         """Keywords of `Axes.plot` and `Axes.errorbar`."""
-        return self._asdict() | {"linewidth": 1.6, "markersize": 5}
+        return self._asdict() | {"linewidth": 1.5, "markersize": 4.5}
 
 
 # Colours of Okabe & Ito 2008 ("Color universal design"), without the yellow, which is
@@ -48,7 +53,7 @@ def arm_styles(summary: dict) -> dict[str, Style]:
     return {a["arm"]: STYLES.get(a["arm"]) or next(spare) for a in summary["arms"]}
 
 
-def new_figure(width: float = 7.2, height: float = 3.6) -> Figure:
+def new_figure(width: float = 6.4, height: float = 3.6) -> Figure:
     """A white figure, in inches, that no global state of pyplot knows of."""
     from matplotlib.figure import Figure
 
@@ -79,30 +84,56 @@ def apart(rates: list[float], place: int, places: int) -> list[float]:
     return [rate * 1.04 ** (place - (places - 1) / 2) for rate in rates]
 
 
-def draw_target(ax: Axes, summary: dict) -> None:
-    """A dashed line at the target with its value, where the target is a test accuracy."""
+def accuracy_axis(ax: Axes, summary: dict) -> None:
+    """0 to 100 %, with the room near 100 where the arms are told apart, and the target."""
+    forward, inverse, ticks = accuracy_scale(summary)
+    ax.set_yscale("function", functions=(forward, inverse))
+    ax.set_ylim(0, 100)
+    ax.set_yticks(ticks)
+    ax.minorticks_off()
+    target = summary["target"]
+    if target["metric"] == "test_accuracy":
+        level = 100 * target["value"]
+        ax.axhline(level, color=GREY, linewidth=1, linestyle=(0, (6, 4)), zorder=1.5)
+
+
+def name_target(ax: Axes, summary: dict) -> None:
+    """The value of the target, to the right of its line."""
     target = summary["target"]
     if target["metric"] != "test_accuracy":
         return
     level = 100 * target["value"]
-    ax.axhline(level, color=GREY, linewidth=1, linestyle=(0, (6, 4)), zorder=1.5)
     ax.annotate(
-        f"target {level:.4g} %",
-        (0.995, level),
+        f"target\n{level:.4g} %",
+        (1, level),
         xycoords=("axes fraction", "data"),
-        xytext=(0, 2.5),
+        xytext=(4, 0),
         textcoords="offset points",
-        ha="right",
-        va="bottom",
-        fontsize=SMALL - 1,
+        va="center",
+        fontsize=SMALL,
         color=GREY,
     )
 
 
-def scaled(values: list[float | None], factor: float = 1.0) -> list[float]:
-    """The values times `factor`; NaN, which matplotlib leaves out, for null."""
-    found = (finite(v) for v in values)
-    return [float("nan") if v is None else factor * v for v in found]
+def stretched(summary: dict) -> bool:
+    """Whether an arm comes so near 100 % that a linear axis would not tell it from others."""
+    bests = [finite(arm["max_accuracy"]["median"]) or 0.0 for arm in summary["arms"]]
+    return max(bests, default=0.0) > 0.85
+
+
+def accuracy_scale(summary: dict) -> tuple[Function, Function, list[int]]:
+    """A scale for per cent, its inverse, and ticks.
+
+    Linear where no arm comes near 100 %; else -log(101 - accuracy), on which halving the
+    error is a step of nearly the same height from 20 % to 98 %.
+    """
+    if not stretched(summary):
+        return np.positive, np.positive, [0, 20, 40, 60, 80, 100]
+    return (
+        lambda accuracy: -np.log(101 - np.minimum(accuracy, 100)),
+        lambda height: 101 - np.exp(-height),
+        [0, 50, 80, 90, 95, 98, 100],
+    )
 
 
 def add_legend(figure: Figure, ax: Axes) -> None:

@@ -47,6 +47,11 @@ def along_rates(summary: dict, best: dict) -> list[dict]:
     return sorted(line, key=lambda p: p["learning_rate"])
 
 
+def lost(point: dict) -> bool:
+    """Whether half of the runs or more diverged, so that a median says nothing of the rest."""
+    return 2 * point["diverged"] >= point["seeds"]
+
+
 def label(summary: dict, point: dict, separator: str = ", ") -> str:
     """ "rate 0.1", with the initial scale and the momentum where the grid varies them."""
     return separator.join([f"rate {number(point['learning_rate'])}", *others(summary, point)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from bn_jax.report.points import label
 from bn_jax.report.text import finite, number, whole
 
@@ -41,8 +43,8 @@ def nothing_to_compare(summary: dict) -> str:
 
 def _sentence(speedup: dict, arm: dict, base: dict, budget: int) -> str:
     steps, seconds = speedup["steps"], speedup.get("seconds") or {}
-    if _ratio(steps) is None and finite(steps.get("at_least")) is None:
-        return _unreached(arm, base, budget)
+    if not _amount(steps, "steps"):
+        return _without_ratio(arm, base, budget)
     single = min(arm["seeds"], base["seeds"]) == 1
     text = f"{arm['arm']} reaches the target in {_amount(steps, 'steps')}"
     text += f" {'as' if _equal(steps) else 'than'} {base['arm']}"
@@ -53,7 +55,7 @@ def _sentence(speedup: dict, arm: dict, base: dict, budget: int) -> str:
         text += "" if single else _interval(seconds)
     if _ratio(steps) is None:
         text += f"; the median run with {base['arm']} does not reach it within "
-        text += f"{whole(budget)} steps ({base['reached']} of {base['seeds']} runs do)"
+        text += f"{whole(budget)} steps ({_count(base)} runs do)"
     return text + "."
 
 
@@ -70,15 +72,15 @@ def _amount(part: dict, unit: str) -> str:
 
 def _interval(part: dict, name: str = "") -> str:
     """ " [2.4 to 3.3]", inverted where the ratio is told as its inverse."""
-    ratio = _ratio(part)
-    low, high = (finite(end) for end in part.get("ci95") or (None, None))
-    if ratio is None or (low is None and high is None):
+    if part.get("ci95") is None:
         return ""
-    chance = (low or 0) <= 1 and (high is None or high >= 1)
-    if ratio < 1:
-        low, high = (1 / high if high else None), (1 / low if low else None)
+    # A ratio of 0 is as open as one of infinity: one of the arms does not reach.
+    low, high = (finite(end) or None for end in part["ci95"])
+    chance = (low or 0) <= 1 <= (high or math.inf) and not _equal(part)
+    if not _faster(part):
+        low, high = high and 1 / high, low and 1 / low
     if low is None:
-        text = f"{number(high)} or less"
+        text = "open at both ends" if high is None else f"{number(high)} or less"
     else:
         text = f"{number(low)} " + ("or more" if high is None else f"to {number(high)}")
     return f" [{name}{text}{', may be chance' if chance else ''}]"
@@ -96,19 +98,29 @@ def _equal(part: dict) -> bool:
 
 def _faster(part: dict) -> bool:
     ratio = _ratio(part)
-    return ratio is None or ratio > 1
+    return ratio is None or ratio >= 1 or _equal(part)
 
 
-def _unreached(arm: dict, base: dict, budget: int) -> str:
-    """For an arm without a median: half of its runs or more do not reach the target."""
+def _without_ratio(arm: dict, base: dict, budget: int) -> str:
+    """For arms of which half of the runs or more do not reach, or do so at step 0."""
     within = f"reach the target within {whole(budget)} steps"
-    ours, theirs = (f"{a['reached']} of {a['seeds']}" for a in (arm, base))
-    if finite(base["steps_to_target"]["median"]) is None:
+    ours, theirs = (finite(a["steps_to_target"]["median"]) for a in (arm, base))
+    if ours is None and theirs is None:
         return (
-            f"the median run does not {within}, with {arm['arm']} ({ours} runs do) "
-            f"or with {base['arm']} ({theirs})."
+            f"the median run does not {within}, with {arm['arm']} ({_count(arm)} runs do) "
+            f"or with {base['arm']} ({_count(base)})."
         )
+    if ours is None:
+        return (
+            f"the median run with {arm['arm']} does not {within} ({_count(arm)} runs do); "
+            f"that with {base['arm']} does ({_count(base)})."
+        )
+    after = "never" if theirs is None else f"after {whole(theirs)}"
     return (
-        f"the median run with {arm['arm']} does not {within} ({ours} runs do); "
-        f"that with {base['arm']} does ({theirs})."
+        f"the median run with {arm['arm']} reaches the target after {whole(ours)} steps, "
+        f"that with {base['arm']} {after}."
     )
+
+
+def _count(arm: dict) -> str:
+    return f"{arm['reached']} of {arm['seeds']}"

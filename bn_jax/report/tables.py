@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 
 from bn_jax.report.points import label
 from bn_jax.report.sentences import speedup_lines
-from bn_jax.report.text import estimate, number, percent, target_text, whole
+from bn_jax.report.text import (
+    Format,
+    estimate,
+    number,
+    padded,
+    percent,
+    subject,
+    target_text,
+    whole,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,12 +67,8 @@ def print_summary(summary: dict, console: Console | None = None) -> None:
 
 def headline(summary: dict) -> str:
     """ "digits, mlp. Target: test accuracy 95 % (given), within 1,500 steps"."""
-    what = ", ".join(str(summary[k]) for k in ("dataset", "model") if summary.get(k))
-    target = summary["target"]
-    return (
-        f"{what}. Target: {target_text(target)} ({target['chosen']}), "
-        f"within {whole(summary['budget_steps'])} steps"
-    )
+    budget = whole(summary["budget_steps"])
+    return f"{subject(summary)}. Target: {target_text(summary)}, within {budget} steps"
 
 
 def _rows(arms: list[dict], columns: Columns) -> Rows:
@@ -76,7 +81,7 @@ def _measured(budget: int) -> Columns:
         _estimate, "steps_to_target", whole, open_end=f">{whole(budget)}", missing="not reached"
     )
     seconds = functools.partial(
-        _estimate, "seconds_to_target", number, open_end="never", missing="not reached"
+        _estimate, "seconds_to_target", padded, open_end="never", missing="not reached"
     )
     best = functools.partial(_estimate, "max_accuracy", percent)
     return {
@@ -86,7 +91,9 @@ def _measured(budget: int) -> Columns:
     }
 
 
-def _estimate(key: str, form, arm: dict, *, open_end: str = "-", missing: str = "-") -> str:
+def _estimate(
+    key: str, form: Format, arm: dict, *, open_end: str = "-", missing: str = "-"
+) -> str:
     value = dict(arm.get(key) or {})
     if arm["seeds"] == 1:  # the bootstrap of one run has no width, and would pass for certain
         value["ci95"] = None
@@ -109,7 +116,7 @@ def _trainable(arm: dict) -> str:
     if not rates:
         return "no rate"
     low, high = (number(rate) for rate in rates)
-    return low if low == high else f"{low}\nto {high}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _trains(arm: dict) -> str:
@@ -138,5 +145,5 @@ def _table(header: list[str], rows: list[list[str]]) -> Table:
             Text(title), justify="right" if i else "left", overflow="fold", vertical="top"
         )
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(cell.replace(" to ", "\nto ")) for cell in row))
     return table

@@ -22,6 +22,12 @@ def number(value: float) -> str:
     return f"{mantissa}e{int(exponent)}" if e else mantissa
 
 
+def padded(value: float) -> str:
+    """As `number` with the zeros at the end kept, so that columns have like precision."""
+    text = f"{value:#.3g}".rstrip(".")
+    return number(value) if "e" in text else text
+
+
 def whole(value: float) -> str:
     """Steps: no decimals, thousands separators."""
     return f"{value:,.0f}"
@@ -32,15 +38,19 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def metric_name(metric: str) -> str:
-    """`test_accuracy` as "test accuracy"."""
-    return metric.replace("_", " ")
+def subject(summary: dict) -> str:
+    """ "digits, mlp": what the runs were about."""
+    return ", ".join(str(summary[key]) for key in ("dataset", "model") if summary.get(key))
 
 
-def target_text(target: dict) -> str:
-    """The target as "test accuracy 95 %", or "test loss 0.3"."""
-    name, value = metric_name(target["metric"]), target["value"]
-    return f"{name} {100 * value:.4g} %" if "accuracy" in name else f"{name} {value:.4g}"
+def target_text(summary: dict) -> str:
+    """ "test accuracy 95 % (given)", or "test loss 0.3 (best of the baseline, none)"."""
+    target = summary["target"]
+    name, value, chosen = target["metric"].replace("_", " "), target["value"], target["chosen"]
+    shown = f"{100 * value:.4g} %" if "accuracy" in name else f"{value:.4g}"
+    if "baseline" in chosen and summary.get("baseline"):
+        chosen = f"{chosen}, {summary['baseline']}"
+    return f"{name} {shown} ({chosen})"
 
 
 def plural(count: int, noun: str) -> str:

@@ -14,9 +14,7 @@ def cross_entropy(outputs: jax.Array, labels: jax.Array) -> jax.Array:
     labels 0 and 1.
     """
     if outputs.shape[-1] == 1:
-        return optax.sigmoid_binary_cross_entropy(
-            outputs[:, 0], labels.astype(outputs.dtype)
-        )
+        return optax.sigmoid_binary_cross_entropy(outputs[:, 0], labels.astype(outputs.dtype))
     return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
 
 

@@ -12,7 +12,7 @@ def sgd(learning_rate) -> optax.GradientTransformation:
     return optax.sgd(learning_rate)
 
 
-def momentum(learning_rate) -> optax.GradientTransformation:
+def sgd_momentum(learning_rate) -> optax.GradientTransformation:
     """Gradient descent with momentum 0.9."""
     return optax.sgd(learning_rate, momentum=0.9)
 
@@ -24,6 +24,6 @@ def adam(learning_rate) -> optax.GradientTransformation:
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "sgd": sgd,
-    "momentum": momentum,
+    "sgd_momentum": sgd_momentum,
     "adam": adam,
 }

@@ -37,7 +37,8 @@ class Swept(NamedTuple):
 class RunState(NamedTuple):
     """The training state, the sum of training losses, and the step that diverged.
 
-    `loss_sum` grows until somebody sets it to 0. `diverged_at` is -1, or the number of the first step whose loss was not finite.
+    `loss_sum` grows until somebody sets it to 0. `diverged_at` is -1, or the number of the
+    first step whose loss was not finite.
     """
 
     train: TrainState
@@ -80,7 +81,7 @@ class Run:
         return RunState(train, state.loss_sum + loss, diverged_at)
 
     def evaluate(self, state: RunState, swept: Swept, split: Any, rows: jax.Array) -> Metrics:
-        """Sums over the examples `rows` (int32 `[n]`) of the split, those past its end aside."""
+        """Sums over the examples `rows` (int32 `[n]`) of a split; those past its end are 0."""
         end = split.labels.shape[0]
         picked = jnp.minimum(rows, end - 1)
         inputs, labels = self.scaled(split.inputs[picked]), split.labels[picked]

@@ -63,7 +63,11 @@ def train_step(
 
 
 def evaluate_chunk(
-    state: TrainState, model: nn.Module, inputs: jax.Array, labels: jax.Array, counted: jax.Array
+    state: TrainState,
+    model: nn.Module,
+    inputs: jax.Array,
+    labels: jax.Array,
+    counted: jax.Array,
 ) -> Metrics:
     """Loss and accuracy with running statistics, summed over the examples that count.
 

@@ -1,0 +1,1 @@
+"""One file per question; run them as `python -m experiments.<name>`."""

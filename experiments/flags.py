@@ -1,0 +1,108 @@
+"""absl flags from a frozen dataclass, and errors as one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from absl import app, flags, logging
+
+from bn_jax.errors import UserError
+
+C = TypeVar("C")
+
+USAGE, INTERRUPTED = 2, 130
+
+
+def flag(default: Any, text: str) -> Any:
+    """A dataclass field that is a flag, with its help text."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+class _List(flags.ArgumentParser):
+    """Comma-separated items of one type, as a tuple."""
+
+    def __init__(self, item: Callable[[str], Any]):
+        super().__init__()
+        self._item = item
+        self.syntactic_help = f"a comma-separated list of {item.__name__}"
+
+    def parse(self, argument):
+        if not isinstance(argument, str):
+            return tuple(argument)
+        return tuple(self._item(a.strip()) for a in argument.split(",") if a.strip())
+
+
+class _Commas(flags.ArgumentSerializer):
+    def serialize(self, value):
+        return ",".join(str(v) for v in value)
+
+
+def define(config: type, values: flags.FlagValues = flags.FLAGS) -> None:
+    """One flag for each field of the dataclass, of the field's type."""
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        kind, described = _without_none(hints[field.name]), (field.name, field.default)
+        text = field.metadata["help"]
+        # As flags of the program, not of this module: `--help` shows those.
+        where = {"flag_values": values, "module_name": sys.argv[0]}
+        if kind is bool:
+            flags.DEFINE_flag(flags.BooleanFlag(*described, text), **where)
+        elif typing.get_origin(kind) is tuple:
+            parser = _List(typing.get_args(kind)[0])
+            flags.DEFINE(parser, *described, text, serializer=_Commas(), **where)
+        else:
+            parser = {int: flags.IntegerParser, float: flags.FloatParser}.get(
+                kind, flags.ArgumentParser
+            )()
+            flags.DEFINE(
+                parser, *described, text, serializer=flags.ArgumentSerializer(), **where
+            )
+
+
+def _without_none(kind):
+    if typing.get_origin(kind) not in (types.UnionType, typing.Union):
+        return kind
+    return next(a for a in typing.get_args(kind) if a is not type(None))
+
+
+def main(config: type[C], run: Callable[[C], Any]) -> None:
+    """Parses the flags into a `config`, and runs.
+
+    What the user can mend, a full disk among it, ends in one line and exit status 2, an
+    interruption in one line and 130.
+    """
+    define(config)
+    # JAX's remarks on TPU libraries that are not there are at the level of INFO.
+    flags.FLAGS.set_default("verbosity", logging.WARNING)
+    names = [f.name for f in dataclasses.fields(config)]
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        try:
+            rest = flags.FLAGS(argv)
+        except flags.Error as e:
+            _stop(str(e))
+        if rest[1:]:
+            _stop(f"unexpected argument {rest[1]!r}: options look like --name=value")
+        return rest
+
+    def start(_):
+        try:
+            run(config(**{name: flags.FLAGS[name].value for name in names}))
+        except UserError as e:
+            _stop(str(e))
+        except OSError as e:
+            _stop(f"{e.filename or 'a file'}: {e.strerror or e}; what was finished is kept")
+        except KeyboardInterrupt:
+            _stop("interrupted; records of finished runs are kept", INTERRUPTED)
+
+    app.run(start, flags_parser=parse)
+
+
+def _stop(message, status=USAGE):
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,95 @@
+"""The folder that a run of an experiment leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import shlex
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from bn_jax.errors import UserError
+from bn_jax.report import write_atomically
+
+OUTPUTS = ("config.json", "records.jsonl", "summary.json", "report.html", "figures")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "tensorflow-datasets", "scikit-learn")
+
+
+def create(path: str | None, experiment: str, overwrite: bool) -> Path:
+    """The folder, made and empty of any earlier run.
+
+    Args:
+      path: by default `runs/<experiment>/<time>`.
+      experiment: its name.
+      overwrite: delete what an earlier run left there.
+
+    Raises:
+      UserError: it holds another run and `overwrite` is False, or it is a file.
+    """
+    folder = Path(path or f"runs/{experiment}/{time.strftime('%Y%m%d-%H%M%S')}")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"workdir {folder} is a file: name a folder")
+    left = [folder / name for name in OUTPUTS if (folder / name).exists()]
+    if left and not overwrite:
+        raise UserError(
+            f"workdir {folder} holds another run: choose another, or --overwrite deletes it"
+        )
+    for old in left:
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_config(
+    folder: Path, config: Any, experiment: str, devices: list[str], **more: Any
+) -> dict[str, Any]:
+    """Writes `config.json`: every flag, the command, versions, devices, the git commit."""
+    flags = dataclasses.asdict(config)
+    content = {
+        "experiment": experiment,
+        "command": command(config, experiment),
+        "flags": flags,
+        "versions": {"python": platform.python_version(), **_versions()},
+        "devices": devices,
+        "machine": platform.machine(),
+        "git_commit": _git_commit(),
+        **more,
+    }
+    write_atomically(folder / "config.json", json.dumps(content, indent=2) + "\n")
+    return content
+
+
+def command(config: Any, experiment: str) -> str:
+    """The shell command that repeats the run: the flags that differ from their defaults."""
+    words = ["python", "-m", f"experiments.{experiment}"]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != field.default and field.name not in ("workdir", "overwrite"):
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words.append(f"--{field.name}={text}")
+    return shlex.join(words)
+
+
+def _versions():
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _git_commit():
+    """Of the code that runs, not of the folder that it runs in; None outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(git, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None

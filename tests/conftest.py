@@ -1,0 +1,60 @@
+"""Settings that must precede JAX's start, and fixtures that several tests share."""
+
+import os
+
+_DEVICES = "--xla_force_host_platform_device_count"
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from jax.sharding import AxisType  # noqa: E402
+from jax.sharding import PartitionSpec as P  # noqa: E402
+
+# (C,) against (N, C) is refused: of two axes of one size the wrong one would broadcast.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def make_mesh():
+    """`make_mesh(batch=4)`: a mesh of fake devices with axes of these sizes, for shard_map."""
+
+    def make(**sizes):
+        shape, types = tuple(sizes.values()), (AxisType.Auto,) * len(sizes)
+        return jax.make_mesh(shape, tuple(sizes), axis_types=types)
+
+    return make
+
+
+@pytest.fixture(params=["pmap", "vmap", "shard_map", "shard_map check_vma=False"])
+def replicate(request, make_mesh):
+    """`replicate(f)(*arrays)` maps f over each array's first axis, "batch", in four ways."""
+    if request.param in ("pmap", "vmap"):
+        mapped = getattr(jax, request.param)
+        return lambda f: mapped(f, axis_name="batch")
+
+    def over_shards(f):
+        def one(*shards):
+            outputs = f(*(shard[0] for shard in shards))
+            return jax.tree.map(lambda v: v[None], outputs)
+
+        def run(*arrays):
+            return jax.shard_map(
+                one,
+                mesh=make_mesh(batch=len(arrays[0])),
+                in_specs=P("batch"),
+                out_specs=P("batch"),
+                check_vma=request.param == "shard_map",
+            )(*arrays)
+
+        return jax.jit(run)
+
+    return over_shards

@@ -1,0 +1,363 @@
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.test_util import check_grads
+
+from bn_jax.core.batch_norm import batch_norm, normalize
+
+
+class Case(NamedTuple):
+    shape: tuple[int, ...]
+    axis: int | tuple[int, ...] = -1
+    mask: str | None = None
+    scale: bool = True
+    bias: bool = True
+
+
+CASES = {
+    "plain": Case((6, 3)),
+    "no scale": Case((6, 3), scale=False),
+    "no bias": Case((6, 3), bias=False),
+    "image, first axis": Case((3, 2, 2, 4), axis=0, scale=False, bias=False),
+    "two axes": Case((2, 3, 4, 2), axis=(-1, 1)),
+    "mask": Case((6, 3), mask="bool"),
+    "weights": Case((6, 3), mask="weights"),
+    "weights, middle axis": Case((4, 3, 2), axis=1, mask="weights", scale=False),
+    "mask per feature": Case((6, 3), mask="per feature"),
+    "mask over one of two axes": Case((4, 2, 3), axis=(1, 2), mask="one axis"),
+    "nothing seen": Case((4, 3), mask="empty"),
+}
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def make_mask(kind, shape, axis, rng):
+    kept = {a % len(shape) for a in np.atleast_1d(axis)}
+    narrow = tuple(1 if a in kept else s for a, s in enumerate(shape))
+    match kind:
+        case "bool":
+            mask = rng.random(narrow) < 0.6
+        case "weights":
+            mask = rng.choice([0, 0.3, 1, 2], narrow)
+        case "per feature":
+            mask = rng.random(shape) < 0.6
+        case "one axis":
+            mask = rng.random((*shape[:-1], 1)) < 0.6
+        case "empty":
+            return np.zeros(narrow, bool)
+        case None:
+            return None
+    mask.flat[:2] = 1
+    return mask
+
+
+def draw(case, dtype=np.float64, seed=0):
+    """x, scale, bias, mask and cotangents of y, mean and var."""
+    rng = np.random.default_rng(seed)
+    features = reference.features(case.shape, case.axis)
+    x, dy = 2 * rng.normal(size=(2, *case.shape)).astype(dtype) + 1
+    scale, bias, dmean, dvar = rng.normal(size=(4, *features)).astype(dtype)
+    mask = make_mask(case.mask, case.shape, case.axis, rng)
+    kept = scale if case.scale else None, bias if case.bias else None
+    return x, *kept, mask, (dy, dmean, dvar)
+
+
+def outputs(case, mask):
+    def f(x, scale, bias, epsilon):
+        y, seen = batch_norm(x, scale, bias, axis=case.axis, epsilon=epsilon, mask=mask)
+        return y, seen.mean, seen.var
+
+    return jax.jit(f)
+
+
+def assert_forward_and_gradients(case, dtype, tolerance, epsilon=0.1):
+    x, scale, bias, mask, cotangents = draw(case, dtype)
+    got, vjp = jax.vjp(outputs(case, mask), x, scale, bias, np.asarray(epsilon, dtype))
+    y, seen = reference.batch_norm(x, scale, bias, case.axis, epsilon, mask)
+    for v, want in zip(got, (y, seen.mean, seen.var), strict=True):
+        assert v.dtype == dtype
+        np.testing.assert_allclose(v, want, tolerance, tolerance)
+    want = reference.gradients(x, *cotangents, scale, case.axis, epsilon, mask)
+    for v, want_v, argument in zip(vjp(cotangents), want, (x, scale, bias, 0), strict=True):
+        if argument is not None:
+            assert v.dtype == dtype
+            np.testing.assert_allclose(v, want_v, tolerance, tolerance)
+
+
+@each_case
+def test_float32(case):
+    assert_forward_and_gradients(case, np.float32, 1e-5)
+
+
+@each_case
+def test_float64(case, x64):
+    assert_forward_and_gradients(case, np.float64, 1e-12)
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "image, first axis", "weights", "mask over one of two axes"]
+)
+def test_second_derivatives(name, x64):
+    case = CASES[name]
+    x, scale, bias, mask, _ = draw(case)
+    given = {"x": x, "scale": scale, "bias": bias, "epsilon": 0.1}
+    given = {name: v for name, v in given.items() if v is not None}
+
+    def f(given):
+        arguments = (given.get(name) for name in ("x", "scale", "bias", "epsilon"))
+        return outputs(case, mask)(*arguments)
+
+    check_grads(jax.jit(f), (given,), order=2, modes=["rev"], rtol=1e-5)
+
+
+def naive(x, scale, bias, epsilon, w):
+    mean = jnp.sum(w * x, 0, keepdims=True) / jnp.sum(w)
+    var = jnp.sum(w * (x - mean) ** 2, 0, keepdims=True) / jnp.sum(w)
+    y = (x - mean) / jnp.sqrt(var + epsilon) * scale[None] + bias[None]
+    return jnp.sum(jnp.sin(y)) + jnp.sum(mean * var**2)
+
+
+def test_hessian_is_that_of_the_naive_program(x64):
+    x, scale, bias, mask, _ = draw(Case((5, 2), mask="weights"))
+
+    def loss(x, scale, bias, epsilon):
+        y, seen = batch_norm(x, scale, bias, epsilon=epsilon, mask=mask)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(seen.mean * seen.var**2)
+
+    for derivative in (jax.grad, jax.hessian):
+        got = jax.jit(derivative(loss, range(4)))(x, scale, bias, 0.1)
+        want = jax.jit(derivative(naive, range(4)))(x, scale, bias, 0.1, mask)
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), got, want
+        )
+
+
+@pytest.mark.parametrize(
+    ("x_dtype", "scale_dtype", "bias_dtype", "dtype"),
+    [
+        ("bfloat16", None, None, "bfloat16"),
+        ("bfloat16", "bfloat16", "bfloat16", "bfloat16"),
+        ("bfloat16", "float32", None, "float32"),
+        ("float16", None, "float16", "float16"),
+        ("float16", "bfloat16", None, "float32"),
+        ("float32", "bfloat16", "float16", "float32"),
+    ],
+)
+def test_half_precision(x_dtype, scale_dtype, bias_dtype, dtype):
+    x, scale, bias, _, _ = draw(Case((64, 3)))
+    x = jnp.asarray(100 + x, x_dtype)
+    scale = None if scale_dtype is None else jnp.asarray(scale, scale_dtype)
+    bias = None if bias_dtype is None else jnp.asarray(bias, bias_dtype)
+    (y, seen), vjp = jax.vjp(batch_norm, x, scale, bias)
+    assert y.dtype == dtype
+    assert seen.mean.dtype == seen.var.dtype == jnp.float32
+    # Rounding of the result is all that half precision may cost.
+    step = float(jnp.finfo(dtype).eps)
+    exact = (None if v is None else np.asarray(v, np.float64) for v in (x, scale, bias))
+    x64, scale64, bias64 = exact
+    want, _ = reference.batch_norm(x64, scale64, bias64)
+    np.testing.assert_allclose(np.asarray(y, np.float64), want, step, 1e-4)
+    got = vjp((jnp.cos(y), jax.tree.map(jnp.zeros_like, seen)))
+    dy = np.asarray(jnp.cos(y), np.float64)
+    want = reference.gradients(x64, dy, np.zeros(3), np.zeros(3), scale64)
+    for v, argument, want_v in zip(got, (x, scale, bias), want, strict=False):
+        if argument is not None:
+            assert v.dtype == argument.dtype
+            rtol = float(jnp.finfo(v.dtype).eps)
+            np.testing.assert_allclose(np.asarray(v, np.float64), want_v, rtol, 1e-4)
+
+
+def test_mask_is_a_constant():
+    x, scale, bias, mask, _ = draw(CASES["weights"], np.float32)
+
+    def loss(mask):
+        y, seen = batch_norm(x, scale, bias, mask=mask)
+        return jnp.sum(y**3) + jnp.sum(seen.mean + seen.var + seen.count)
+
+    assert not np.any(jax.grad(loss)(jnp.float32(mask)))
+
+
+@pytest.mark.parametrize("padding", [np.nan, np.inf])
+def test_gradients_ignore_padding(padding):
+    x, scale, bias, mask, (dy, dmean, dvar) = draw(CASES["mask"], np.float32)
+    dy, x = np.where(mask, dy, 0), np.where(mask, x, np.float32(padding))
+    _, vjp = jax.vjp(outputs(CASES["mask"], mask), x, scale, bias, np.float32(0.1))
+    clean = np.where(mask, x, 0)
+    want = reference.gradients(clean, dy, dmean, dvar, scale, epsilon=0.1, mask=mask)
+    for v, want_v in zip(vjp((dy, dmean, dvar)), want, strict=True):
+        np.testing.assert_allclose(v, want_v, 1e-5, 1e-5)
+
+
+COUNTS = [(4, 1, 2, 3), (4, 1, 2, 0)]
+
+
+def replicas_data(counts):
+    """Four replicas of 4 examples, of which `counts` are valid; replica means differ."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4, 4, 3)) + np.reshape([-3, 4, 0, 9], (4, 1, 1))
+    mask = np.arange(4)[None, :, None] < np.reshape(counts, (4, 1, 1))
+    return x.astype(np.float32), np.float32([1, 2, -1]), np.float32([0, 1, 2]), mask
+
+
+def loss_of_moments(mean, var):
+    return jnp.sum(mean**2) + jnp.sum(jnp.sin(var))
+
+
+def single_device_loss(x, scale, bias, epsilon, mask):
+    mask = mask.reshape(-1, 1)
+    y, seen = batch_norm(x.reshape(-1, 3), scale, bias, epsilon=epsilon, mask=mask)
+    return jnp.sum(mask * jnp.sin(y)) + loss_of_moments(seen.mean, seen.var)
+
+
+single_device = jax.jit(jax.value_and_grad(single_device_loss, range(4)))
+
+
+def assert_same(got, want):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got, want)
+
+
+def test_replicas_have_the_gradients_of_one_device(replicate):
+    def f(x, scale, bias, epsilon, mask):
+        y, seen = batch_norm(x, scale, bias, epsilon=epsilon, mask=mask, axis_name="batch")
+        return jnp.sum(mask * jnp.sin(y)), seen.mean, seen.var
+
+    def loss(x, scale, bias, epsilon, mask):
+        copies = (jnp.repeat(v[None], 4, axis=0) for v in (scale, bias, epsilon))
+        of_y, mean, var = replicate(f)(x, *copies, mask)
+        return jnp.sum(of_y) + loss_of_moments(jnp.mean(mean, 0), jnp.mean(var, 0))
+
+    synchronised = jax.jit(jax.value_and_grad(loss, range(4)))
+    for counts in COUNTS:
+        x, scale, bias, mask = replicas_data(counts)
+        arguments = x, scale, bias, np.float32(0.1), mask
+        assert_same(synchronised(*arguments), single_device(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("mapped", "groups"), [(jax.vmap, None), (jax.pmap, None), (jax.pmap, [[0, 3], [1, 2]])]
+)
+def test_gradients_taken_on_the_device(mapped, groups):
+    x, scale, bias, mask = replicas_data(COUNTS[1])
+    arguments = scale, bias, np.float32(0.1)
+
+    def on_device(x, mask):
+        def loss(x, scale, bias, epsilon):
+            y, seen = batch_norm(
+                x, scale, bias, epsilon=epsilon, mask=mask,
+                axis_name="batch", axis_index_groups=groups,
+            )  # fmt: skip
+            # Each replica's part: what is differentiated is the sum over the replicas.
+            of_moments = loss_of_moments(seen.mean, seen.var) / (2 if groups else 4)
+            return jnp.sum(mask * jnp.sin(y)) + of_moments
+
+        value, (dx, *shared) = jax.value_and_grad(loss, range(4))(x, *arguments)
+        return dx, jax.lax.psum((value, shared), "batch")
+
+    dx, shared = mapped(on_device, axis_name="batch")(x, mask)
+    wanted, wanted_dx = [], np.zeros_like(x)
+    for group in groups or [[0, 1, 2, 3]]:
+        value, (wanted_dx[group], *rest) = single_device(x[group], *arguments, mask[group])
+        wanted.append((value, rest))
+    assert_same(dx, wanted_dx)
+    assert_same(
+        jax.tree.map(lambda v: v[0], shared), jax.tree.map(lambda *parts: sum(parts), *wanted)
+    )
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_shard_map_with_replicated_parameters(make_mesh, inside):
+    def loss(x, scale, bias, epsilon, mask):
+        y, seen = batch_norm(
+            x[0], scale, bias, epsilon=epsilon, mask=mask[0], axis_name="batch"
+        )
+        of_y = jax.lax.psum(jnp.sum(mask[0] * jnp.sin(y)), "batch")
+        return of_y + loss_of_moments(seen.mean, seen.var)
+
+    shard = functools.partial(
+        jax.shard_map,
+        mesh=make_mesh(batch=4),
+        in_specs=(P("batch"), P(), P(), P(), P("batch")),
+    )
+    if inside:
+        f = jax.value_and_grad(loss, range(4))
+        f = shard(f, out_specs=(P(), (P("batch"), P(), P(), P())))
+    else:
+        f = jax.value_and_grad(shard(loss, out_specs=P()), range(4))
+    f = jax.jit(f)
+    for counts in COUNTS:
+        x, scale, bias, mask = replicas_data(counts)
+        arguments = x, scale, bias, np.float32(0.1), mask
+        assert_same(f(*arguments), single_device(*arguments))
+
+
+def test_shard_map_with_replicated_input_and_sharded_mask(make_mesh):
+    x, _, _, mask = replicas_data(COUNTS[0])
+
+    def loss(x, mask):
+        y, seen = batch_norm(x, mask=mask[0], axis_name="batch")
+        of_y = jax.lax.psum(jnp.sum(mask[0] * jnp.sin(y)), "batch")
+        return of_y + loss_of_moments(seen.mean, seen.var)
+
+    sharded = jax.shard_map(
+        loss, mesh=make_mesh(batch=4), in_specs=(P(), P("batch")), out_specs=P()
+    )
+
+    def single(x):
+        return single_device_loss(jnp.tile(x, (4, 1)), np.ones(3), np.zeros(3), 1e-5, mask)
+
+    got = jax.jit(jax.value_and_grad(sharded))(x[0], mask)
+    assert_same(got, jax.value_and_grad(single)(x[0]))
+
+
+def test_jit_with_sharding_is_global(make_mesh):
+    x, scale, bias, mask = replicas_data(COUNTS[1])
+    sharding = NamedSharding(make_mesh(batch=4), P("batch"))
+    placed = jax.device_put(x, sharding), scale, bias, 0.1, jax.device_put(mask, sharding)
+    got = single_device(*placed)
+    assert_same(got, single_device(x, scale, bias, 0.1, mask))
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((4, 3), -1), ((3, 2, 4), 0), ((2, 3, 4), (0, 2))])
+def test_normalize(shape, axis):
+    x, scale, bias, _, (_, mean, var) = draw(Case(shape, axis), np.float32)
+    for s, b in [(scale, bias), (None, bias), (scale, None), (None, None)]:
+        got = normalize(x, mean, var**2, s, b, axis=axis, epsilon=1e-3)
+        want = reference.normalize(x, mean, var**2, s, b, axis, 1e-3)
+        np.testing.assert_allclose(got, want, 1e-5, 1e-5)
+
+
+def test_normalize_is_in_the_widest_dtype(x64):
+    # In float32 the difference of 1e-9 from the mean would be 0.
+    mean = jnp.float64([1 + 1e-9])
+    y = normalize(jnp.ones((1, 1), jnp.bfloat16), mean, jnp.full(1, 1e-18), epsilon=0)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float64(y), -1, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["scale", "bias", "mean", "var"])
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (1, 3)])
+def test_vectors_that_do_not_fit_are_refused(name, shape):
+    x, given = jnp.ones((4, 3)), {name: jnp.ones(shape)}
+    with pytest.raises(ValueError, match=name):
+        normalize(x, **{"mean": jnp.zeros(3), "var": jnp.ones(3)} | given)
+    if name in ("scale", "bias"):
+        with pytest.raises(ValueError, match=name):
+            batch_norm(x, **given)
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    for f in (batch_norm, lambda x, **given: normalize(x, jnp.zeros(3), jnp.ones(3), **given)):
+        with pytest.raises(TypeError, match="int32"):
+            f(jnp.ones((4, 3), jnp.int32))
+        with pytest.raises(ValueError, match="not exist"):
+            f(jnp.ones((4, 3)), axis=2)
+    with pytest.raises(ValueError, match="no elements"):
+        batch_norm(jnp.ones((0, 3)))
+    with pytest.raises(ValueError, match="mask"):
+        batch_norm(jnp.ones((3, 3)), mask=jnp.ones(3))

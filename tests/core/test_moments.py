@@ -1,0 +1,231 @@
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from jax.sharding import PartitionSpec as P
+
+from bn_jax.core.moments import Moments, merge, moments, sync
+
+SHAPES_AND_AXES = [
+    ((7,), 0),
+    ((6, 4), -1),
+    ((6, 4), 0),
+    ((3, 4, 5), 1),
+    ((3, 4, 5), (-1, 0)),
+    ((2, 3, 2, 3), (1, -1)),
+    ((2, 3, 2, 3), (0, 1, 2, 3)),
+    ((2, 3, 4, 2), [-2]),
+]
+EVERY_MASK_SHAPE = [
+    (shape, axis, tuple(sizes))
+    for shape, axis in [((3, 4), -1), ((3, 4, 2), (0, 2)), ((3, 4, 2), 1)]
+    for sizes in itertools.product(*((1, s) for s in shape))
+]
+
+
+def normal(shape, seed=0, mean=0.0, dtype=np.float32):
+    return (np.random.default_rng(seed).normal(size=shape) + mean).astype(dtype)
+
+
+def assert_moments(got, want, rtol=1e-5, atol=1e-6):
+    for name in Moments._fields:
+        values, wanted = np.asarray(getattr(got, name), np.float64), getattr(want, name)
+        values = np.broadcast_to(values, wanted.shape)
+        np.testing.assert_allclose(values, wanted, rtol, atol, err_msg=name)
+
+
+@pytest.mark.parametrize(("shape", "axis"), SHAPES_AND_AXES)
+def test_values(shape, axis):
+    x = normal(shape, mean=2)
+    got = moments(x, axis=axis)
+    assert got.mean.shape == got.var.shape == reference.features(shape, axis)
+    assert got.count.shape == ()
+    assert_moments(got, reference.moments(x, axis))
+
+
+@pytest.mark.parametrize(("shape", "axis", "mask_shape"), EVERY_MASK_SHAPE)
+def test_mask_of_every_shape(shape, axis, mask_shape):
+    x = normal(shape, mean=2)
+    weights = np.random.default_rng(1).choice([0, 0.5, 1, 3], mask_shape)
+    weights.flat[0] = 2
+    for mask in (weights, weights > 0):
+        want = reference.moments(np.where(mask, x, 0), axis, mask)
+        got = moments(np.where(mask, x, np.nan), axis=axis, mask=mask)
+        assert_moments(got, want)
+        kept = sorted(a % len(shape) for a in np.atleast_1d(axis))
+        differs = any(mask_shape[a] > 1 for a in kept)
+        assert got.count.shape == (reference.features(shape, axis) if differs else ())
+
+
+def test_nothing_seen_is_zero_and_finite():
+    x = jnp.full((4, 2), jnp.nan)
+    for got in (moments(x, mask=jnp.zeros((4, 1))), moments(x, mask=jnp.zeros((4, 2), bool))):
+        assert all(np.all(np.asarray(v) == 0) for v in got)
+
+
+@pytest.mark.parametrize("order", ["drawn", "permuted", "sorted", "outlier first", "padded"])
+def test_mean_of_10000_std(order):
+    # The longest case that the docstring's bound was measured on.
+    x = normal((262_144, 1), mean=1e4)
+    mask = None
+    if order == "permuted":
+        x = np.random.default_rng(1).permutation(x)
+    elif order == "sorted":
+        x = np.sort(x, axis=0)
+    elif order == "outlier first":
+        x[0] = -2e4
+    elif order == "padded":
+        x[0], mask = -1e30, np.arange(len(x))[:, None] > 0
+    got, want = moments(x, mask=mask), reference.moments(x, mask=mask)
+    np.testing.assert_allclose(got.var, want.var, rtol=1e-4)
+    np.testing.assert_allclose(got.mean, want.mean, rtol=2e-7)
+
+
+@pytest.mark.parametrize("n", [1, 3, 1000])
+def test_variance_of_constants(n):
+    constants = np.random.default_rng(0).uniform(-1e4, 1e4, 256).astype(np.float32)
+    var = np.asarray(moments(np.tile(constants, (n, 1))).var)
+    assert np.all((var >= 0) & (var <= (1e-7 * constants) ** 2))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_accumulates_in_float32(dtype):
+    # In float16 the squares of 300 pass the largest number, 65504.
+    x = jnp.asarray(300 * normal((1000, 2), mean=1), dtype)
+    got = moments(x)
+    assert {v.dtype for v in got} == {jnp.dtype("float32")}
+    assert_moments(got, reference.moments(x.astype(jnp.float32)), rtol=2e-6)
+
+
+def test_float64(x64):
+    x, w = normal((50, 3), mean=10, dtype=np.float64), np.random.default_rng(1).random((50, 3))
+    got = moments(x, mask=w)
+    assert {v.dtype for v in got} == {jnp.dtype("float64")}
+    assert_moments(got, reference.moments(x, mask=w), rtol=1e-12, atol=0)
+
+
+def test_gradient_ignores_nan_under_the_mask():
+    x, mask = normal((5, 2)), np.array([[1], [1], [0], [1], [0]])
+
+    def loss(x):
+        got = moments(x, mask=mask)
+        return jnp.sum(got.mean + got.var)
+
+    ones, zeros = np.ones(2), np.zeros((5, 2))
+    want = reference.gradients(x, zeros, ones, ones, mask=mask).x
+    np.testing.assert_allclose(
+        jax.grad(loss)(jnp.where(mask, x, jnp.nan)), want, rtol=1e-5, atol=1e-6
+    )
+
+
+def parts(mean=0.0):
+    x = normal((12, 3), mean=mean)
+    mask = np.random.default_rng(3).integers(0, 2, (12, 3))
+    mask[8:, 1] = 0
+    cuts = [slice(0, 1), slice(1, 8), slice(8, 12)]
+    return x, mask, [moments(x[c], mask=mask[c]) for c in cuts]
+
+
+@pytest.mark.parametrize(("mean", "rtol"), [(0, 1e-5), (1e4, 1e-3)])
+def test_merged_parts_are_the_whole(mean, rtol):
+    x, mask, pieces = parts(mean)
+    assert_moments(functools.reduce(merge, pieces), reference.moments(x, mask=mask), rtol)
+
+
+def test_merge_is_associative_and_commutative():
+    _, _, (a, b, c) = parts()
+    assert_moments(merge(a, merge(b, c)), reference.merge(a, b, c))
+    assert_moments(merge(merge(a, b), c), reference.merge(a, b, c))
+    assert_moments(merge(b, a), reference.merge(a, b))
+
+
+def test_empty_moments_are_the_identity():
+    empty, some = moments(jnp.ones((2, 3)), mask=jnp.zeros((2, 1))), parts()[2][1]
+    for got, want in [(merge(empty, some), some), (merge(some, empty), some)]:
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+    jax.tree.map(np.testing.assert_array_equal, merge(empty, empty), empty)
+
+
+def test_replicas_count_with_their_elements(replicate):
+    synchronised = jax.jit(replicate(lambda x, m: moments(x, mask=m, axis_name="batch")))
+    every_counts = (4, 1, 2, 3), (4, 1, 2, 0), (0, 0, 0, 0)
+    for counts, (mean, rtol) in itertools.product(every_counts, [(0, 1e-5), (1e4, 1e-4)]):
+        x = normal((4, 4, 3), mean=mean) + np.float32([[[-3]], [[4]], [[0]], [[9]]])
+        mask = np.arange(4)[None, :, None] < np.reshape(counts, (4, 1, 1))
+        got = synchronised(np.where(mask, x, np.float32("nan")), mask)
+        for i, want in enumerate(reference.replicas(np.where(mask, x, 0), mask=mask)):
+            assert_moments(Moments(*(v[i] for v in got)), want, rtol)
+
+
+def test_replicas_without_mask_and_masks_per_feature(replicate):
+    x, mask = normal((4, 2, 3)), np.random.default_rng(2).integers(0, 2, (4, 2, 3))
+    whole = replicate(lambda x: moments(x, axis_name="batch"))(x)
+    masked = replicate(lambda x, m: moments(x, mask=m, axis_name="batch"))(x, mask)
+    for i in range(4):
+        assert_moments(Moments(*(v[i] for v in whole)), reference.replicas(x)[i])
+        want = reference.replicas(x, mask=mask)[i]
+        assert_moments(Moments(*(v[i] for v in masked)), want)
+
+
+def test_groups_of_replicas():
+    x = normal((4, 4, 3))
+    mask = np.arange(4)[None, :, None] < np.reshape([4, 1, 2, 0], (4, 1, 1))
+    groups = [[0, 3], [1, 2]]
+
+    def f(x, m):
+        return moments(x, mask=m, axis_name="batch", axis_index_groups=groups)
+
+    got = jax.pmap(f, axis_name="batch")(x, mask)
+    for i, want in enumerate(reference.replicas(x, mask=mask, groups=groups)):
+        assert_moments(Moments(*(v[i] for v in got)), want)
+
+
+@pytest.mark.parametrize("spec", [P(("data", "model")), P()], ids=str)
+def test_synchronised_moments_are_replicated_for_shard_map(make_mesh, spec):
+    # out_specs=P() is refused of anything that JAX cannot prove equal on all devices.
+    x = normal((8, 3))
+    got = jax.shard_map(
+        lambda x: sync(moments(x), ("data", "model")),
+        mesh=make_mesh(data=2, model=2), in_specs=spec, out_specs=P(),
+    )(x)  # fmt: skip
+    want = reference.moments(x)
+    copies = 4 if spec == P() else 1
+    assert_moments(got, want._replace(count=want.count * copies))
+
+
+def test_integers_are_refused():
+    with pytest.raises(TypeError, match="int32"):
+        moments(jnp.ones((3, 2), jnp.int32))
+
+
+@pytest.mark.parametrize("mask_shape", [None, (0, 3), (1, 1)])
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3)])
+def test_no_elements_are_refused(shape, mask_shape):
+    mask = None if mask_shape is None else jnp.ones((1,) * (len(shape) - 2) + mask_shape)
+    with pytest.raises(ValueError, match="no elements"):
+        moments(jnp.ones(shape), mask=mask)
+
+
+@pytest.mark.parametrize("mask_shape", [(), (3,), (4,), (4, 4), (2, 3), (1, 4, 3), (4, 3, 1)])
+def test_masks_that_do_not_fit_are_refused(mask_shape):
+    with pytest.raises(ValueError, match="mask"):
+        moments(jnp.ones((4, 3)), mask=jnp.ones(mask_shape))
+
+
+def test_vector_mask_is_refused_for_a_square_input():
+    # (N,) would mask channels where N == C.
+    with pytest.raises(ValueError, match=r"\(3,\)"):
+        moments(jnp.ones((3, 3)), mask=jnp.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("axis", "message"),
+    [(2, "not exist"), (-3, "not exist"), ((0, 5), "not exist"), ((1, -1), "twice")],
+)
+def test_axes_that_do_not_fit_are_refused(axis, message):
+    with pytest.raises(ValueError, match=message):
+        moments(jnp.ones((4, 3)), axis=axis)

@@ -1,0 +1,41 @@
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bn_jax.data import batch_indices
+
+KEY = jax.random.key(0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 15), st.integers(0, 60))
+def test_any_stretch_is_cut_from_one_order(examples, batch, steps, first):
+    if batch > examples:
+        batch = examples
+    whole = batch_indices(KEY, 0, first + steps, examples, batch)
+    part = batch_indices(KEY, first, steps, examples, batch)
+    np.testing.assert_array_equal(part, whole[first:])
+
+
+def test_an_epoch_sees_every_example_once_and_the_next_in_another_order():
+    order = np.asarray(batch_indices(KEY, 0, 10, 20, 4))
+    for epoch in (order[:5], order[5:]):
+        assert sorted(epoch.ravel()) == list(range(20))
+    assert (order[:5] != order[5:]).any()
+
+
+def test_the_rest_of_an_epoch_is_left_out():
+    order = np.asarray(batch_indices(KEY, 0, 2, 9, 4))
+    assert len(set(order.ravel())) == 8
+
+
+def test_order_depends_on_the_key():
+    a, b = (batch_indices(jax.random.key(s), 0, 3, 30, 10) for s in (0, 1))
+    assert (a != b).any()
+
+
+def test_a_batch_larger_than_the_set_is_refused():
+    with pytest.raises(ValueError, match="a batch of 11 from 10 examples"):
+        batch_indices(KEY, 0, 1, 10, 11)

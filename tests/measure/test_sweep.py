@@ -1,0 +1,171 @@
+import functools
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+import pytest
+
+from bn_jax.data import batch_indices, load
+from bn_jax.linen import BatchNorm
+from bn_jax.measure import Budget, Point, sweep
+from bn_jax.measure.engines import InTurn, Together
+from bn_jax.measure.grid import chunks
+from bn_jax.models import CNN, MLP
+from bn_jax.training.run import Run, data_key
+
+BATCH = 32
+BUDGET = Budget(steps=20, eval_every=10)
+POINTS = [Point(0.1, 1.0, 0.9), Point(1.0, 1.0, 0.9), Point(0.1, 0.5, 0.5)]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits")
+
+
+def build(dataset, model=MLP, features=(16,), **fields):
+    def network(swept):
+        norm = functools.partial(BatchNorm, momentum=swept.momentum)
+        return model(features, 10, norm=norm, **fields)
+
+    def batches(key, first_step, num_steps):
+        return batch_indices(key, first_step, num_steps, dataset.train.labels.size, BATCH)
+
+    return Run(network, optax.sgd, dataset.scaled, batches)
+
+
+def records(run, dataset, points=POINTS, seeds=(0, 1), budget=BUDGET, **options):
+    done = sweep(run, dataset, points, seeds, budget, **options)
+    return [{k: v for k, v in r.items() if k != "seconds"} for rs in done for r in rs]
+
+
+def test_same_key_same_bits_alone_or_in_company(digits):
+    run = build(digits)
+    together = records(run, digits)
+    assert together == records(run, digits)
+    alone = records(run, digits, points=POINTS[1:2], seeds=(1,))
+    (same,) = [r for r in together if r["learning_rate"] == 1.0 and r["seed"] == 1]
+    # Sums of another vectorisation differ in the last bits; the run is the same.
+    np.testing.assert_allclose(alone[0]["test_loss"], same["test_loss"], rtol=2e-4)
+    np.testing.assert_allclose(alone[0]["train_loss"][1:], same["train_loss"][1:], rtol=2e-4)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 5])
+def test_chunks_do_not_change_the_records(digits, limit):
+    run = build(digits)
+    whole = records(run, digits, seeds=(0, 1, 2))
+    parts = records(run, digits, seeds=(0, 1, 2), max_runs_at_once=limit)
+
+    def by_run(rs):
+        return sorted(rs, key=lambda r: (r["learning_rate"], r["init_scale"], r["seed"]))
+
+    assert len(parts) == len(whole) == 9
+    for a, b in zip(by_run(parts), by_run(whole), strict=True):
+        assert (a["seed"], a["learning_rate"]) == (b["seed"], b["learning_rate"])
+        np.testing.assert_allclose(a["test_loss"], b["test_loss"], rtol=2e-4)
+
+
+def test_a_run_equals_a_plain_loop(digits):
+    """The sweep against a loop written out with flax's own pieces."""
+    rate, scale, momentum, seed = 0.1, 0.5, 0.5, 1
+    model = MLP((16,), 10, norm=functools.partial(BatchNorm, momentum=momentum))
+    key = jax.random.key(seed)
+    v = model.init(
+        jax.random.fold_in(key, 0), digits.scaled(digits.train.inputs[:1]), train=False
+    )
+    params = jax.tree.map(lambda p: p * scale if p.ndim == 2 else p, v["params"])
+    stats, tx = v["batch_stats"], optax.sgd(rate)
+    opt_state = tx.init(params)
+    rows = batch_indices(data_key(key), 0, 20, digits.train.labels.size, BATCH)
+
+    @jax.jit
+    def step(params, stats, opt_state, rows):
+        def loss_fn(p):
+            x = (digits.train.inputs[rows].astype("float32") - digits.offset) * digits.factor
+            variables = {"params": p, "batch_stats": stats}
+            out, new = model.apply(variables, x, train=True, mutable=["batch_stats"])
+            one_hot = jax.nn.one_hot(digits.train.labels[rows], 10)
+            return -(one_hot * jax.nn.log_softmax(out)).sum(-1).mean(), new["batch_stats"]
+
+        grads, stats = jax.grad(loss_fn, has_aux=True)(params)
+        updates, opt_state = tx.update(grads, opt_state)
+        return optax.apply_updates(params, updates), stats, opt_state
+
+    for r in rows:
+        params, stats, opt_state = step(params, stats, opt_state, r)
+    out = model.apply(
+        {"params": params, "batch_stats": stats}, digits.scaled(digits.test.inputs), train=False
+    )
+    log_p = np.asarray(jax.nn.log_softmax(out))
+    loss = -np.mean(log_p[np.arange(450), np.asarray(digits.test.labels)])
+    accuracy = np.mean(log_p.argmax(-1) == np.asarray(digits.test.labels))
+    (ours,) = records(build(digits), digits, [Point(rate, scale, momentum)], (seed,))
+    assert ours["test_loss"][-1] == pytest.approx(loss, rel=1e-4)
+    assert ours["test_accuracy"][-1] == pytest.approx(accuracy, abs=1e-5)
+
+
+def test_engines_agree(digits):
+    """A convolution-free network through both; in turn is what convolutions get."""
+    run = build(digits)
+    (chunk,) = chunks(POINTS[:1], [3], 1)
+    reports = []
+    for engine_class in (Together, InTurn):
+        engine = engine_class(run, digits, BUDGET, chunk)
+        state = engine.init(chunk)
+        for first in (0, 10):
+            state = engine.advance(state, chunk, first)
+        reports.append(engine.evaluate(state, chunk))
+    for name, value in reports[0].items():
+        assert value.shape == (1, 1)
+        np.testing.assert_allclose(value, reports[1][name], rtol=1e-4, err_msg=name)
+
+
+def test_a_convolutional_network_learns(digits):
+    run = build(digits, CNN, features=(8, 16))
+    budget = Budget(steps=60, eval_every=30, eval_batch=100)
+    (r,) = records(run, digits, [Point(0.3, 1.0, 0.9)], (0,), budget)
+    assert r["test_accuracy"][-1] > 0.8
+    assert r["train_loss"][0] is None
+    assert r["train_loss"][2] < r["train_loss"][1]
+
+
+class Explodes(nn.Module):
+    """Logits that double until they overflow, at a step that the rate decides."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        w = self.param("kernel", nn.initializers.ones, (1, 1))
+        return nn.Dense(10)(x.reshape(len(x), -1)) * w**9
+
+
+def test_a_run_that_is_not_finite_is_diverged_from_then_on(digits):
+    run = build(digits)
+    run = Run(lambda swept: Explodes(), run.optimizer, run.scaled, run.batches)
+    small, large = records(run, digits, [Point(1e-4), Point(1e3)], (0,))
+    assert small["diverged_at"] is None
+    assert None not in small["test_accuracy"]
+    assert 0 <= large["diverged_at"] < 10
+    assert large["test_accuracy"][0] is not None
+    assert large["test_accuracy"][1:] == [None, None]
+    assert large["train_loss"] == [None, None, None]
+
+
+def test_progress_adds_up(digits):
+    done = []
+    records(build(digits), digits, max_runs_at_once=2, on_progress=done.append)
+    assert sum(done) == 20 * 6
+
+
+def test_evaluation_is_over_the_whole_split_whatever_its_chunks(digits):
+    run, losses = build(digits), []
+    for eval_batch in (1000, 450, 64, 7):
+        budget = Budget(10, 10, eval_batch)
+        (r,) = records(run, digits, POINTS[:1], (0,), budget)
+        losses.append(r["test_loss"])
+    np.testing.assert_allclose(losses, [losses[0]] * 4, rtol=1e-5)
+
+
+def test_steps_that_evaluations_do_not_divide_are_refused(digits):
+    with pytest.raises(ValueError, match="eval_every 7 does not divide the 20 steps"):
+        records(build(digits), digits, budget=Budget(20, 7))
