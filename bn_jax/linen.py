@@ -106,10 +106,12 @@ class BatchNorm(nn.Module):
         return y if self.dtype is None else y.astype(self.dtype)
 
     def _batch_stats(self, x, features):
-        if not self.is_initializing() and not self.has_variable("batch_stats", "mean"):
+        missing = [n for n in ("mean", "var") if not self.has_variable("batch_stats", n)]
+        if missing and not self.is_initializing():
             raise ValueError(
-                f"no batch_stats for {'/'.join(self.path) or 'this BatchNorm'}: pass the "
-                "collection that init returned, with the parameters"
+                f"no {' and '.join(missing)} in batch_stats for "
+                f"{'/'.join(self.path) or 'this BatchNorm'}: pass the collection that init "
+                "returned, with the parameters"
             )
         ra_mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
         ra_var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)

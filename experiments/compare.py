@@ -131,6 +131,9 @@ def run(config: Config) -> dict[str, Any]:
     report.write(records, summary, settings, folder, question(config))
     console = Console()
     report.print_summary(summary, console)
+    console.print()
+    spent = ", ".join(f"{k} {v:.1f} s" for k, v in summary["seconds"].items())
+    console.print(f"Time: {spent}.", soft_wrap=True, highlight=False)
     console.print(f"{folder / 'report.html'}", soft_wrap=True, highlight=False)
     return summary
 

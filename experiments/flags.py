@@ -77,8 +77,6 @@ def main(config: type[C], run: Callable[[C], Any]) -> None:
     interruption in one line and 130.
     """
     define(config)
-    # JAX's remarks on TPU libraries that are not there are at the level of INFO.
-    flags.FLAGS.set_default("verbosity", logging.WARNING)
     names = [f.name for f in dataclasses.fields(config)]
 
     def parse(argv: Sequence[str]) -> list[str]:
@@ -91,6 +89,9 @@ def main(config: type[C], run: Callable[[C], Any]) -> None:
         return rest
 
     def start(_):
+        if flags.FLAGS["verbosity"].using_default_value:
+            # JAX remarks on TPU libraries that are not there at the level of INFO.
+            logging.set_verbosity(logging.WARNING)
         try:
             run(config(**{name: flags.FLAGS[name].value for name in names}))
         except UserError as e:

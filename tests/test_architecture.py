@@ -16,7 +16,7 @@ ALLOWED = {
     "nnx": {"bn_jax.core", "flax", "jax"},
     "surgery": {"bn_jax.core", "bn_jax.linen", "bn_jax.nnx", "flax", "jax"},
     "models": {"bn_jax.linen", "flax", "jax"},
-    "data": {"grain", "jax", "numpy", "sklearn", "tensorflow_datasets"},
+    "data": {"absl", "grain", "jax", "numpy", "sklearn", "tensorflow_datasets"},
     "training": {"bn_jax.core", "flax", "jax", "numpy", "optax", "orbax"},
     "measure": {"bn_jax.core", "bn_jax.training", "jax", "numpy"},
     "report": {"matplotlib", "numpy", "rich"},

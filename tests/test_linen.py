@@ -85,6 +85,7 @@ def test_fields_are_those_of_flax():
         {"axis": (-1, 1)},
         {"axis": [3, 0, 2]},
         {"axis": (0, 1, 2, 3)},
+        {"epsilon": 0.5},
         {"use_bias": False},
         {"use_scale": False},
         {"use_bias": False, "use_scale": False},
@@ -237,17 +238,36 @@ def test_mask():
     assert_trees_close(updates["batch_stats"], variables["batch_stats"], 0)
 
 
-def test_replicas_share_statistics_weighted_by_their_masks():
-    x, mask = data()[0].reshape(4, 8, 8), np.arange(8)[:, None] < 5
-    masks = np.stack([mask, ~mask, np.zeros_like(mask), np.ones_like(mask)])
+def masked_replicas():
+    masks = np.arange(8)[None, :, None] < np.reshape([5, 3, 0, 8], (4, 1, 1))
+    return data()[0].reshape(4, 8, 8), masks
+
+
+@pytest.mark.parametrize("groups", [None, [[0, 3], [1, 2]]])
+def test_replicas_share_statistics_weighted_by_their_masks(groups):
+    x, masks = masked_replicas()
+    module, variables = initialised(x[0], axis_name="batch", axis_index_groups=groups)
+    one = functools.partial(train, module, variables)
+    y, updates = jax.pmap(lambda x, mask: one(x, mask=mask), axis_name="batch")(x, masks)
+    for group in groups or [[0, 1, 2, 3]]:
+        together, mask = x[group].reshape(-1, 8), masks[group].reshape(-1, 1)
+        want_y, want = train(BatchNorm(), variables, together, mask=mask)
+        np.testing.assert_allclose(y[np.array(group)].reshape(-1, 8), want_y, 1e-5, 1e-5)
+        for i in group:
+            assert_trees_close(jax.tree.map(lambda v, i=i: v[i], updates), want)
+
+
+def test_vmapped_replicas_leave_one_set_of_statistics():
+    x, masks = masked_replicas()
     module, variables = initialised(x[0], axis_name="batch")
-
-    def one(x, mask):
-        return train(module, variables, x, mask=mask)[1]
-
-    updates = jax.vmap(one, axis_name="batch", out_axes=None)(x, masks)
-    _, want = train(BatchNorm(), variables, x.reshape(32, 8), mask=jnp.reshape(masks, (32, 1)))
-    assert_trees_close(updates, want)
+    one = functools.partial(train, module, variables)
+    # out_axes=None is refused of what vmap takes for a value of each replica.
+    mapped = jax.vmap(lambda x, m: one(x, mask=m), axis_name="batch", out_axes=(0, None))
+    y, updates = mapped(x, masks)
+    x, masks = x.reshape(-1, 8), masks.reshape(-1, 1)
+    assert_trees_close(
+        (y.reshape(-1, 8), updates), train(BatchNorm(), variables, x, mask=masks)
+    )
 
 
 def test_bfloat16_costs_the_statistics_nothing():

@@ -1,17 +1,18 @@
 """The gradient of batch normalisation in closed form.
 
-With r = 1/sqrt(var + epsilon), y_i = scale r (x_i - mean) + bias, and a loss that depends
-on y and, where somebody uses them, on mean and var as well:
+With r = 1/sqrt(var + epsilon) and y_i = scale r (x_i - mean) + bias, of which mean and var
+are the weighted moments of x (weights w_i, n = sum_i w_i):
 
     dbias  = sum_i dy_i
     dscale = sum_i dy_i r (x_i - mean)
-    Dvar   = -1/2 scale r^2 dscale + dvar           d loss / d var
-    Dmean  = -scale r dbias + dmean                 d loss / d mean
-    dx_i   = scale r dy_i + w_i/n (Dmean + 2 Dvar (x_i - mean))
+    dvar   = -1/2 scale r^2 dscale
+    dmean  = -scale r dbias
+    dx_i   = scale r dy_i + w_i/n (dmean + 2 dvar (x_i - mean))
 
-(Ioffe & Szegedy 2015, section 3, with weights w_i and n = sum_i w_i; `sum_i w_i (x_i -
-mean)` is 0, so var does not depend on mean.) Two passes over x and dy, the first for the
-sums and the second for dx; what is kept from the forward pass is x, mean and r.
+(Ioffe & Szegedy 2015, section 3; `sum_i w_i (x_i - mean)` is 0, so var does not depend on
+mean.) Two passes over x and dy, the first for the sums and the second for dx; what is kept
+from the forward pass is x, mean and r. Replicas that share statistics share dmean and dvar:
+one all-reduce.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from bn_jax.core.moments import weigh
 
@@ -37,7 +39,7 @@ class Residuals(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Cotangents of x, scale, bias (in the accumulation dtype) and epsilon."""
+    """Cotangents of x, scale, bias and epsilon, in the dtype of the statistics."""
 
     x: jax.Array
     scale: jax.Array
@@ -48,34 +50,36 @@ class Gradients(NamedTuple):
 def closed_form(
     residuals: Residuals,
     dy: jax.Array,
-    dmean: jax.Array,
-    dvar: jax.Array,
     *,
     reduced: tuple[int, ...],
-    total: Callable[[jax.Array, jax.Array], jax.Array],
+    total: Callable[[jax.Array], jax.Array],
 ) -> Gradients:
-    """The equations above.
+    """The equations above, through the statistics of the batch.
 
     Args:
       residuals: from the forward pass.
       dy: cotangent of y, of x's shape.
-      dmean, dvar: cotangents of the returned mean and variance, `[features]`.
       reduced: the axes of x that were averaged over.
-      total: `(own, given)` to the sum over synchronised replicas of [Dmean, Dvar]: `own`
-        is the part that comes from this replica's y, `given` is [dmean, dvar].
+      total: the sum over the replicas that share statistics.
     """
     x, w, scale, mean, r, count = residuals
+    dtype = mean.dtype
+    dy, x = dy.astype(dtype), x.astype(dtype)
 
     def wide(v):
         return jnp.expand_dims(v, reduced)
 
-    dy = dy.astype(mean.dtype)
-    centred = x.astype(mean.dtype) - wide(mean)
+    products = dy * (x - wide(mean))
+    if w is not None:
+        # Padding may hold NaN: where nothing depends on it, it must not reach the sum.
+        products = jnp.where((w == 0) & (dy == 0), 0, products)
     dbias = jnp.sum(dy, axis=reduced)
-    dscale = r * jnp.sum(dy * centred, axis=reduced)
-    gain = r if scale is None else r * scale.astype(mean.dtype)
-    dvar_y = -0.5 * gain * r * dscale
-    sums = total(jnp.stack([-gain * dbias, dvar_y]), jnp.stack([dmean, dvar]))
-    to_mean, to_var = sums / jnp.where(count > 0, count, 1)
+    dscale = r * jnp.sum(products, axis=reduced)
+    gain = r if scale is None else r * scale.astype(dtype)
+    dvar = -0.5 * gain * r * dscale
+    sums = total(jnp.stack([-gain * dbias, dvar]))
+    to_mean, to_var = (v / jnp.where(count > 0, count, 1) for v in sums)
+    # mean under another name, or XLA stores x - mean for here and reads it back.
+    centred = x - wide(lax.optimization_barrier(mean))
     dx = wide(gain) * dy + weigh(wide(to_mean) + wide(2 * to_var) * centred, w)
-    return Gradients(dx, dscale, dbias, jnp.sum(dvar_y))
+    return Gradients(dx, dscale, dbias, jnp.sum(dvar))

@@ -57,9 +57,13 @@ def batch_norm(
     x = jnp.asarray(x)
     check_features(x, axis, scale=scale, bias=bias)
     static = _Static(_hashable(axis), axis_name, _hashable(axis_index_groups))
+    w = weights(x, mask)
     epsilon = jnp.asarray(epsilon, accumulation_dtype(x))
-    x, scale, bias, epsilon = _same_variance((x, scale, bias, epsilon))
-    return _batch_norm(static, x, scale, bias, epsilon, weights(x, mask))
+    x, scale, bias, epsilon, w = _varying_alike((x, scale, bias, epsilon, w))
+    batch = moments(
+        x, axis=axis, mask=w, axis_name=axis_name, axis_index_groups=axis_index_groups
+    )
+    return _normalize(static, x, scale, bias, epsilon, w, batch), batch
 
 
 def normalize(
@@ -109,69 +113,52 @@ class _Static(NamedTuple):
     axis_index_groups: tuple[tuple[int, ...], ...] | None
 
 
+# The moments are an argument, of which the VJP returns no cotangent: what y owes to them is
+# in that of x. Derivatives of the returned moments, and second ones, go through `moments`.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _batch_norm(static, x, scale, bias, epsilon, w):
-    return _forward(static, x, scale, bias, epsilon, w)[0]
+def _normalize(static, x, scale, bias, epsilon, w, batch):
+    return normalize(x, batch.mean, batch.var, scale, bias, axis=static.axis, epsilon=epsilon)
 
 
-def _forward(static, x, scale, bias, epsilon, w):
-    axis, axis_name, groups = static
-    batch = moments(x, axis=axis, mask=w, axis_name=axis_name, axis_index_groups=groups)
-    y = normalize(x, batch.mean, batch.var, scale, bias, axis=axis, epsilon=epsilon)
+def _forward(static, x, scale, bias, epsilon, w, batch):
+    y = normalize(x, batch.mean, batch.var, scale, bias, axis=static.axis, epsilon=epsilon)
     r = lax.rsqrt(batch.var + epsilon)
-    return (y, batch), (Residuals(x, w, scale, batch.mean, r, batch.count), bias)
+    return y, (Residuals(x, w, scale, batch.mean, r, batch.count), bias)
 
 
-def _backward(static, kept, cotangents):
+def _backward(static, kept, dy):
     residuals, bias = kept
-    dy, batch = cotangents
-    grads = closed_form(
-        residuals,
-        dy,
-        batch.mean,
-        batch.var,
-        reduced=split_axes(residuals.x, static.axis)[1],
-        total=functools.partial(_total, static, _varying(residuals.x)),
-    )
+    reduced = split_axes(residuals.x, static.axis)[1]
+    grads = closed_form(residuals, dy, reduced=reduced, total=functools.partial(_total, static))
     dscale = None if residuals.scale is None else grads.scale.astype(residuals.scale.dtype)
     dbias = None if bias is None else grads.bias.astype(bias.dtype)
-    return grads.x.astype(residuals.x.dtype), dscale, dbias, grads.epsilon, None
+    return grads.x.astype(residuals.x.dtype), dscale, dbias, grads.epsilon, None, None
 
 
-_batch_norm.defvjp(_forward, _backward)
+_normalize.defvjp(_forward, _backward)
 
 
-def _total(static, varying, own, given):
-    """Sums over the replicas that share statistics.
-
-    Under `shard_map`'s varying-axes check the returned moments are one value for all
-    replicas, and so is their cotangent: it must not be added up once per replica.
-    """
+def _total(static, v):
     if static.axis_name is None:
-        return own + given
-    names = static.axis_name if isinstance(static.axis_name, tuple) else (static.axis_name,)
-    shared = varying.issuperset(names) and _varying(given).isdisjoint(names)
-    total = lax.psum(
-        own if shared else own + given, names, axis_index_groups=static.axis_index_groups
-    )
-    return total + given if shared else total
+        return v
+    return lax.psum(v, static.axis_name, axis_index_groups=static.axis_index_groups)
 
 
-def _varying(x: jax.Array) -> frozenset:
-    """The axes of `shard_map(check_vma=True)` over which x differs between devices."""
-    return jax.typeof(x).manual_axis_type.varying
-
-
-def _same_variance(args):
+def _varying_alike(args):
     """Makes each argument vary over all the mesh axes over which any of them does.
 
-    A replicated scale becomes a varying one here, outside the custom VJP, so that JAX
-    sums its gradient over the devices as it does for every replicated parameter.
+    Under `shard_map(check_vma=True)` a replicated scale becomes a varying one here, outside
+    the custom VJP, so that JAX sums its gradient over the devices as it does for every
+    replicated parameter.
     """
-    names = frozenset().union(*(_varying(a) for a in args if a is not None))
+
+    def axes(a):
+        return jax.typeof(a).manual_axis_type.varying
+
+    names = frozenset().union(*(axes(a) for a in args if a is not None))
 
     def vary(a):
-        missing = tuple(names - _varying(a))
+        missing = tuple(names - axes(a))
         return lax.pcast(a, missing, to="varying") if missing else a
 
     return jax.tree.map(vary, args)

@@ -47,7 +47,9 @@ def moments(
     """Mean and biased variance over every axis but the feature axes.
 
     Half-precision input is accumulated in float32, float64 in float64. The relative
-    error of `var` in float32 stays below 1e-4 for |mean| up to 1e4 std.
+    error of `var` in float32 stays below 1e-4 for |mean| up to 1e4 std: x is read once,
+    for the sums of x - c and (x - c)^2 with c the mean of a sample of x (with a mask of
+    all of x, in a pass of its own).
 
     Args:
       x: floating-point array of any rank.
@@ -115,14 +117,38 @@ def _local_moments(x: jax.Array, reduced: tuple[int, ...], w: jax.Array | None) 
     def average(v):
         return jnp.sum(weigh(v, w), axis=reduced) / some
 
-    x = x.astype(accumulation_dtype(x))
-    # Corrected two-pass: the rounding error of the first mean (.3 std at mean = 1e4 std
-    # and 262,144 elements) is itself averaged, and taken out of both results.
-    rough = average(x)
-    centred = x - jnp.expand_dims(rough, reduced)
-    error = average(centred)
-    var = jnp.maximum(average(centred**2) - error**2, 0)
-    return Moments(rough + error, var, count)
+    dtype = accumulation_dtype(x)
+    if w is not None:
+        # Here and not only in the sums: the derivative of a weight of 0 times NaN is NaN.
+        x = jnp.where(w > 0, x, 0)
+    # A mask may leave out the whole sample: then the shift is a mean of its own pass.
+    shift = _sample_mean(x, reduced) if w is None else average(x.astype(dtype))
+    shift = lax.stop_gradient(jnp.expand_dims(shift, reduced))
+    # Under one name XLA computes x - shift once, stores it, and reads it back for each of
+    # the sums: 25 ms in place of 5 for 8M elements on two cores.
+    same = lax.optimization_barrier(shift)
+    error = average(x.astype(dtype) - shift)
+    square = average((x.astype(dtype) - same) ** 2)
+    var = jnp.maximum(square - error**2, 0)
+    return Moments(shift.reshape(error.shape) + error, var, count)
+
+
+def _sample_mean(x, reduced):
+    """The mean of at least every 256th element, and of at least 16.
+
+    Of n elements s have a mean within sqrt(n/s) std of the mean of all, whatever the
+    data and their order (Cauchy-Schwarz), so that square - error^2 loses no more than a
+    factor of 257 of float32's precision.
+    """
+    left = max(1, min(256, math.prod(x.shape[a] for a in reduced) // 16))
+    strides = [1] * x.ndim
+    # An axis that is sharded under an explicit mesh cannot be sliced: all of it is taken.
+    sharded = jax.typeof(x).sharding.spec
+    for a in (a for a in reversed(reduced) if sharded[a] is None):
+        strides[a] = max(1, min(x.shape[a], left))
+        left //= strides[a]
+    sample = lax.slice(x, (0,) * x.ndim, x.shape, strides)
+    return jnp.mean(sample.astype(accumulation_dtype(x)), axis=reduced)
 
 
 def split_axes(x: jax.Array, axis: Axes) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -168,13 +194,13 @@ def weigh(v: jax.Array, w: jax.Array | None) -> jax.Array:
 
 def element_count(x: jax.Array, reduced: tuple[int, ...], w: jax.Array | None) -> jax.Array:
     """Sum of the weights per feature; `[]` unless the mask differs between features."""
-    dtype = accumulation_dtype(x)
+    if x.size == 0:
+        raise ValueError(f"no elements to normalise over in an input of shape {x.shape}")
     if w is None:
         count = math.prod(x.shape[a] for a in reduced)
-        if count == 0 or x.size == 0:
-            raise ValueError(f"no elements to normalise over in an input of shape {x.shape}")
-        return jnp.asarray(count, dtype)
+        return jnp.asarray(count, accumulation_dtype(x))
     # Each element of a broadcast mask stands for this many of x.
     repeats = math.prod(x.shape[a] for a in reduced if w.shape[a] == 1)
     count = repeats * jnp.sum(w, axis=reduced)
-    return count.reshape(()) if count.size == 1 else count
+    kept = tuple(s for a, s in enumerate(x.shape) if a not in reduced)
+    return count.reshape(()) if count.size == 1 else jnp.broadcast_to(count, kept)

@@ -42,12 +42,13 @@ def ema(
         Ioffe & Szegedy 2015 do, in place of the biased one, as Flax and Keras do.
     """
     var = unbiased_var(moments) if unbiased else moments.var
-    # 1 - momentum is taken before the cast: .999 in bfloat16 is 1.
-    keep = jnp.where(moments.count > 0, momentum, 1.0)
-    new = jnp.where(moments.count > 0, 1.0 - momentum, 0.0)
+    # Not in the dtype of the statistics: .999 in bfloat16 is 1.
+    dtype = jnp.promote_types(moments.mean.dtype, stats.mean.dtype)
+    keep = jnp.where(moments.count > 0, momentum, 1).astype(dtype)
+    new = jnp.where(moments.count > 0, 1 - momentum, 0).astype(dtype)
     return BatchStats(
-        (keep * stats.mean + new * moments.mean).astype(stats.mean.dtype),
-        (keep * stats.var + new * var).astype(stats.var.dtype),
+        (keep * stats.mean.astype(dtype) + new * moments.mean).astype(stats.mean.dtype),
+        (keep * stats.var.astype(dtype) + new * var).astype(stats.var.dtype),
         stats.count + 1,
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -18,7 +20,7 @@ def batch_indices(
 
     Args:
       key: of the run.
-      first_step: int32 `[]`, may be traced.
+      first_step: int32 `[]`, a multiple of num_steps; may be traced.
       num_steps, num_examples, batch_size: static.
 
     Returns:
@@ -30,8 +32,10 @@ def batch_indices(
     per_epoch = num_examples // batch_size
     if per_epoch == 0:
         raise ValueError(f"a batch of {batch_size} from {num_examples} examples")
-    # The first step may be the last of its epoch.
-    epochs = -(-(per_epoch - 1 + num_steps) // per_epoch)
+    # The latest that a multiple of num_steps can fall in an epoch is this. Sorting for a
+    # permutation is a good part of a small network's time: none too many.
+    latest = per_epoch - math.gcd(per_epoch, num_steps)
+    epochs = -(-(latest + num_steps) // per_epoch)
 
     def one_epoch(epoch):
         order = jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)

@@ -46,7 +46,7 @@ class Together:
 
         def evaluate(state, key, swept, dataset):
             def means(split):
-                rows = _rows(split, budget)
+                rows = _rows(split, budget, example.runs)
                 sums = lax.map(lambda r: run.evaluate(state, swept, split, r), rows)
                 return jax.tree.map(jnp.sum, sums)
 
@@ -97,7 +97,7 @@ class InTurn:
         self._order = _compile(order, key, np.int32(0))
         self._step = _compile(step, state, swept, train, rows, np.int32(0), donate=0)
         self._count = {
-            name: _compile(run.evaluate, state, swept, split, _rows(split, budget)[0])
+            name: _compile(run.evaluate, state, swept, split, _rows(split, budget, 1)[0])
             for name, split in _held_out(dataset)
         }
 
@@ -118,9 +118,8 @@ class InTurn:
         _, swept = _only(chunk)
         sums = []
         for name, split in _held_out(self._dataset):
-            parts = [
-                self._count[name](state, swept, split, r) for r in _rows(split, self._budget)
-            ]
+            rows = _rows(split, self._budget, 1)
+            parts = [self._count[name](state, swept, split, r) for r in rows]
             sums.append(jax.tree.map(lambda *v: sum(v), *parts))
         report = _report(state, *sums, self._dataset)
         return {k: np.asarray(v).reshape(1, 1) for k, v in report.items()}
@@ -138,10 +137,11 @@ def _report(state, validation, test, dataset):
     }
 
 
-def _rows(split, budget):
+def _rows(split, budget, runs):
     """All example numbers in chunks of one size, the last with some past the end."""
     n = split.labels.shape[0]
-    count = -(-n // budget.eval_batch)
+    # Smaller chunks would make kernels too small, larger ones of images fill the memory.
+    count = -(-n // min(max(budget.eval_rows // runs, 32), 1000))
     size = -(-n // count)
     return np.arange(count * size, dtype=np.int32).reshape(count, size)
 

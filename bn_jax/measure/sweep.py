@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -52,7 +51,7 @@ def sweep(
     """
     budget.check()
     engine_class = InTurn if _in_turn(run, dataset) else Together
-    limit = max_runs_at_once or max(1, MEMORY // run_bytes(run, dataset, budget))
+    limit = max_runs_at_once or max(1, MEMORY // run_bytes(run, dataset))
     engine, compilation = None, 0.0
     for chunk in chunks(points, seeds, 1 if engine_class is InTurn else limit):
         if engine is None:
@@ -111,25 +110,41 @@ def _record(point, seed, history, budget, seconds):
     return record | {"seconds": seconds}
 
 
-def run_bytes(run: Run, dataset: Any, budget: Budget) -> int:
+def run_bytes(run: Run, dataset: Any) -> int:
     """A rough size of one run in a sweep: its state with gradients, and its activations."""
-    state = jax.eval_shape(run.init, jax.random.key(0), _some_swept(), dataset.train.inputs)
+    state, rows, forward = _one_example(run, dataset)
     of_state = sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(state))
-    example = 4 * math.prod(dataset.train.inputs.shape[1:])
-    # State, its successor, gradients and updates; inputs and some three layers like them.
-    return 4 * of_state + 4 * min(budget.eval_batch, dataset.test.labels.size) * example
+    of_example = sum(v.aval.size * v.aval.dtype.itemsize for v in _outputs(forward))
+    # State, its successor, gradients and updates. Every intermediate array of the forward
+    # pass counts, although some are fused away, as those of the backward pass do not.
+    return 4 * of_state + rows.size * of_example
 
 
 def _in_turn(run, dataset):
-    def init(key, inputs):
-        return run.init(key, _some_swept(), inputs)
-
-    program = jax.make_jaxpr(init)(jax.random.key(0), dataset.train.inputs)
-    return jax.default_backend() == "cpu" and "conv_general_dilated" in str(program)
+    convolves = "conv_general_dilated" in str(_one_example(run, dataset)[2])
+    return convolves and jax.default_backend() == "cpu"
 
 
-def _some_swept():
-    return Swept(jnp.float32(1), jnp.float32(1), jnp.float32(0.5))
+def _one_example(run, dataset):
+    """The shapes of state and batch, and the program that evaluates one example."""
+    swept = Swept(jnp.float32(1), jnp.float32(1), jnp.float32(0.5))
+    key = jax.random.key(0)
+    state = jax.eval_shape(run.init, key, swept, dataset.train.inputs)
+    rows = jax.eval_shape(lambda key: run.batches(key, 0, 1)[0], key)
+    program = jax.make_jaxpr(run.evaluate)(state, swept, dataset.test, jnp.zeros(1, int))
+    return state, rows, program.jaxpr
+
+
+def _outputs(program):
+    """The results of all of a program's operations, those of its subprograms included."""
+    for equation in program.eqns:
+        yield from equation.outvars
+        for inner in jax.tree.leaves(
+            equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from _outputs(inner)
 
 
 def _timed(f, *args):

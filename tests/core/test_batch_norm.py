@@ -323,6 +323,16 @@ def test_jit_with_sharding_is_global(make_mesh):
     assert_same(got, single_device(x, scale, bias, 0.1, mask))
 
 
+@pytest.mark.parametrize("n", [8, 36, 64])
+def test_explicit_sharding(n):
+    # The default of jax.make_mesh; of 36 examples no even part would fit 4 devices.
+    mesh, x = jax.make_mesh((4,), ("batch",)), draw(Case((n, 3)), np.float32)[0]
+    value_and_grad = jax.jit(jax.value_and_grad(lambda x: jnp.sum(batch_norm(x)[0] ** 3)))
+    with jax.set_mesh(mesh):
+        got = value_and_grad(jax.device_put(x, NamedSharding(mesh, P("batch"))))
+    assert_same(jax.tree.map(np.asarray, got), value_and_grad(x))
+
+
 @pytest.mark.parametrize(("shape", "axis"), [((4, 3), -1), ((3, 2, 4), 0), ((2, 3, 4), (0, 2))])
 def test_normalize(shape, axis):
     x, scale, bias, _, (_, mean, var) = draw(Case(shape, axis), np.float32)
@@ -333,11 +343,10 @@ def test_normalize(shape, axis):
 
 
 def test_normalize_is_in_the_widest_dtype(x64):
-    # In float32 the difference of 1e-9 from the mean would be 0.
-    mean = jnp.float64([1 + 1e-9])
-    y = normalize(jnp.ones((1, 1), jnp.bfloat16), mean, jnp.full(1, 1e-18), epsilon=0)
-    assert y.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.float64(y), -1, rtol=1e-2)
+    # A variance of 1e-50 is 0 in float32, and y would be -inf.
+    mean, var = jnp.float64([1e-25]), jnp.float64([1e-50])
+    y = normalize(jnp.zeros((1, 1), jnp.bfloat16), mean, var, epsilon=0)
+    assert (y, y.dtype) == (-1, jnp.bfloat16)
 
 
 @pytest.mark.parametrize("name", ["scale", "bias", "mean", "var"])

@@ -67,9 +67,10 @@ def test_nothing_seen_is_zero_and_finite():
         assert all(np.all(np.asarray(v) == 0) for v in got)
 
 
-@pytest.mark.parametrize("order", ["drawn", "permuted", "sorted", "outlier first", "padded"])
+@pytest.mark.parametrize(
+    "order", ["drawn", "permuted", "sorted", "outlier first", "outliers at a stride", "padded"]
+)
 def test_mean_of_10000_std(order):
-    # The longest case that the docstring's bound was measured on.
     x = normal((262_144, 1), mean=1e4)
     mask = None
     if order == "permuted":
@@ -78,6 +79,9 @@ def test_mean_of_10000_std(order):
         x = np.sort(x, axis=0)
     elif order == "outlier first":
         x[0] = -2e4
+    elif order == "outliers at a stride":
+        # A shift by a sample that is all outliers.
+        x[::256] += 1000
     elif order == "padded":
         x[0], mask = -1e30, np.arange(len(x))[:, None] > 0
     got, want = moments(x, mask=mask), reference.moments(x, mask=mask)
@@ -153,7 +157,8 @@ def test_empty_moments_are_the_identity():
 def test_replicas_count_with_their_elements(replicate):
     synchronised = jax.jit(replicate(lambda x, m: moments(x, mask=m, axis_name="batch")))
     every_counts = (4, 1, 2, 3), (4, 1, 2, 0), (0, 0, 0, 0)
-    for counts, (mean, rtol) in itertools.product(every_counts, [(0, 1e-5), (1e4, 1e-4)]):
+    # In float32 the mean of a replica is exact to 5e-4 at 1e4, and the means differ by 12.
+    for counts, (mean, rtol) in itertools.product(every_counts, [(0, 1e-5), (1e4, 1e-3)]):
         x = normal((4, 4, 3), mean=mean) + np.float32([[[-3]], [[4]], [[0]], [[9]]])
         mask = np.arange(4)[None, :, None] < np.reshape(counts, (4, 1, 1))
         got = synchronised(np.where(mask, x, np.float32("nan")), mask)
