@@ -21,6 +21,7 @@ class BatchNorm(nn.Module):
     Where Flax's numbers are wrong these are right: statistics are weighted by how many
     elements each replica's mask leaves, the variance is stable at any mean, running
     statistics keep their dtype, and a mask or statistics of the wrong shape are refused.
+    What Flax's can and this cannot: `jax.jvp` by itself, integer and complex input.
 
     Variables: `params` scale, bias `[features]` of `param_dtype`; `batch_stats` mean, var
     `[features]` of float32. Apply with `mutable=["batch_stats"]` in training.
@@ -70,14 +71,15 @@ class BatchNorm(nn.Module):
           x: floating-point input.
           use_running_average: see the attribute; in one of the two places.
           mask: bool or weights of x's rank, broadcastable to it: what counts in the
-            statistics of the batch.
+            statistics of the batch. Not looked at with running statistics.
 
         Returns:
           The normalised input, of x's shape.
 
         Raises:
-          ValueError: statistics, mask or parameters whose shape does not fit x, or no
-            `batch_stats` among the variables.
+          TypeError: x is not floating point.
+          ValueError: statistics or mask whose shape does not fit x, or no `batch_stats`
+            among the variables.
         """
         use_running_average = merge_param(
             "use_running_average", self.use_running_average, use_running_average

@@ -69,12 +69,11 @@ def closed_form(
     def wide(v):
         return jnp.expand_dims(v, reduced)
 
-    products = dy * (x - wide(mean))
     if w is not None:
-        # Padding may hold NaN: where nothing depends on it, it must not reach the sum.
-        products = jnp.where((w == 0) & (dy == 0), 0, products)
+        # Padding may hold NaN, of which dy is 0: their product must not reach the sum.
+        x = jnp.where((w > 0) | jnp.isfinite(x), x, 0)
     dbias = jnp.sum(dy, axis=reduced)
-    dscale = r * jnp.sum(products, axis=reduced)
+    dscale = r * jnp.sum(dy * (x - wide(mean)), axis=reduced)
     gain = r if scale is None else r * scale.astype(dtype)
     dvar = -0.5 * gain * r * dscale
     sums = total(jnp.stack([-gain * dbias, dvar]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -37,7 +37,8 @@ def batch_norm(
         y = scale (x - mean) / sqrt(var + epsilon) + bias,    Moments(mean, var, count)
 
     (Ioffe & Szegedy 2015, Algorithm 1.) Its reverse-mode gradient is the closed form of
-    `bn_jax.core.backward`, through mean and var included; the mask is a constant to it.
+    `bn_jax.core.backward`, to which the mask is a constant. Reverse mode of any order
+    works, and forward over reverse (`jax.hessian`); `jax.jvp` of it alone does not.
 
     Args:
       x: floating-point array; the statistics are over every axis but `axis`.
@@ -79,7 +80,7 @@ def normalize(
     """scale (x - mean) / sqrt(var + epsilon) + bias, with statistics that are given.
 
     This is inference with running or population statistics (Ioffe & Szegedy 2015,
-    Algorithm 2, line 11). It is computed in float32, or in float64 where any argument is.
+    Algorithm 2, line 11). It is computed in float32, or in float64 where x, mean or var is.
 
     Args:
       x: floating-point array.
@@ -177,4 +178,4 @@ def check_features(x: jax.Array, axis: Axes, **vectors: jax.Array | None) -> Non
 
 
 def _hashable(v):
-    return v if v is None or isinstance(v, int) else tuple(_hashable(i) for i in v)
+    return tuple(map(_hashable, v)) if isinstance(v, Iterable) else v

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable, Sequence
+import operator
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -153,7 +154,7 @@ def _sample_mean(x, reduced):
 
 def split_axes(x: jax.Array, axis: Axes) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The feature axes of x and the axes to reduce, both non-negative and ascending."""
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    axes = tuple(map(operator.index, axis if isinstance(axis, Iterable) else (axis,)))
     if any(not -x.ndim <= a < x.ndim for a in axes):
         raise ValueError(f"axis={axis} does not exist in an input of shape {x.shape}")
     kept = tuple(sorted({a % x.ndim for a in axes}))

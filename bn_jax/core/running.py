@@ -30,7 +30,8 @@ def ema(
 
         mean <- momentum mean + (1 - momentum) moments.mean,    var alike
 
-    A feature of which the batch had no elements (`moments.count` 0) keeps its statistics.
+    A feature of which the batch had no elements (`moments.count` 0) keeps its statistics;
+    `count` goes up all the same.
     The dtype of the statistics never changes; the arithmetic is in the wider of theirs
     and the moments'.
 
