@@ -1,1 +1,1 @@
-"""Side-by-side timings; they need requirements-dev.txt. Run as `python -m benchmarks.<name>`."""
+"""Side-by-side timings, `python -m benchmarks.<name>`; they need requirements-dev.txt."""

@@ -80,6 +80,9 @@ class Config:
     overwrite: bool = flag(False, "delete the run that is in the workdir")
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if isinstance(getattr(self, field.name), list):  # as one writes in a notebook
+                object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
         for name in ("seeds", "steps", "batch_size", "eval_every", "max_runs_at_once"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -88,6 +91,10 @@ class Config:
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
                 raise UserError(f"--{name}={_list(values)}: name one or more, each once")
+        if self.features is not None and not (self.features and min(self.features) > 0):
+            raise UserError(f"--features={_list(self.features)}: name widths of at least 1")
+        if not 0 <= self.seed < 2**31 - self.seeds:
+            raise UserError(f"--seed={self.seed}: seeds are from 0 to {2**31 - 1}")
         for name in ("learning_rates", "init_scales"):
             for value in getattr(self, name):
                 if not 0 < value < math.inf:
@@ -134,7 +141,7 @@ def run(config: Config) -> dict[str, Any]:
     console.print()
     spent = ", ".join(f"{k} {v:.1f} s" for k, v in summary["seconds"].items())
     console.print(f"Time: {spent}.", soft_wrap=True, highlight=False)
-    console.print(f"{folder / 'report.html'}", soft_wrap=True, highlight=False)
+    print(folder / "report.html")
     return summary
 
 
@@ -169,10 +176,12 @@ def build_run(config: Config, arm: str, dataset: Any) -> Any:
     """One arm as a `bn_jax.training.run.Run`."""
     import functools
 
+    import jax
+
     from bn_jax import models
     from bn_jax.data import batch_indices
     from bn_jax.training.optimizers import OPTIMIZERS
-    from bn_jax.training.run import Run
+    from bn_jax.training.run import Run, Swept
 
     families = {"mlp": (models.MLP, (100, 100, 100)), "cnn": (models.CNN, (16, 32, 64))}
     for name, value, known in (
@@ -185,11 +194,12 @@ def build_run(config: Config, arm: str, dataset: Any) -> Any:
         if value not in known:
             raise UserError(f"--{name}: unknown {value!r}, choose from {', '.join(known)}")
     family, features = families[config.model]
+    features = config.features or features
 
     def model(swept):
         norm = models.NORMS[arm]
         return family(
-            features=config.features or features,
+            features=features,
             num_outputs=1 if dataset.num_classes == 2 else dataset.num_classes,
             norm=functools.partial(norm, momentum=swept.momentum) if arm == "bn" else norm,
             places=config.places,
@@ -200,7 +210,12 @@ def build_run(config: Config, arm: str, dataset: Any) -> Any:
         examples = dataset.train.labels.size
         return batch_indices(key, first_step, num_steps, examples, config.batch_size)
 
-    return Run(model, OPTIMIZERS[config.optimizer], dataset.scaled, batches)
+    run = Run(model, OPTIMIZERS[config.optimizer], dataset.scaled, batches)
+    try:
+        jax.eval_shape(run.init, jax.random.key(0), Swept(1.0, 1.0, 0.5), dataset.train.inputs)
+    except ValueError as e:
+        raise UserError(f"--model={config.model} --features={_list(features)}: {e}") from e
+    return run
 
 
 def train(config: Config, dataset: Any, runs: dict[str, Any], path: Any) -> list[dict]:
@@ -213,7 +228,7 @@ def train(config: Config, dataset: Any, runs: dict[str, Any], path: Any) -> list
     total = sum(map(len, grids.values())) * config.seeds * config.steps
     budget = measure.Budget(config.steps, config.eval_every)
     records = []
-    with Progress(total) as progress, open(path, "w") as file:
+    with Progress(total) as progress, report.open_records(path) as file:
         for arm, points in grids.items():
             progress.describe(f"{arm}: {len(points) * config.seeds} runs")
             for finished in measure.sweep(

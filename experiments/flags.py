@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 import sys
+import threading
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -86,24 +89,50 @@ def main(config: type[C], run: Callable[[C], Any]) -> None:
             _stop(str(e))
         if rest[1:]:
             _stop(f"unexpected argument {rest[1]!r}: options look like --name=value")
+        if flags.FLAGS["verbosity"].using_default_value:
+            # JAX remarks on TPU libraries that are not there at the level of INFO.
+            flags.FLAGS.verbosity = logging.WARNING
         return rest
 
     def start(_):
-        if flags.FLAGS["verbosity"].using_default_value:
-            # JAX remarks on TPU libraries that are not there at the level of INFO.
-            logging.set_verbosity(logging.WARNING)
+        signal.signal(signal.SIGINT, _interrupt)
+        # What cannot be written in the terminal's encoding is no reason to fail.
+        sys.stdout.reconfigure(errors="backslashreplace")
         try:
             run(config(**{name: flags.FLAGS[name].value for name in names}))
         except UserError as e:
             _stop(str(e))
         except OSError as e:
-            _stop(f"{e.filename or 'a file'}: {e.strerror or e}; what was finished is kept")
+            _stop(f"{e.filename or 'a file'}: {e.strerror or e}; finished runs are kept")
         except KeyboardInterrupt:
-            _stop("interrupted; records of finished runs are kept", INTERRUPTED)
+            _say("interrupted; records of finished runs are kept")
+            # XLA's threads may be compiling: their destructors would crash.
+            os._exit(INTERRUPTED)
 
     app.run(start, flags_parser=parse)
 
 
-def _stop(message, status=USAGE):
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    sys.exit(status)
+_interrupted = threading.Event()
+
+
+def check_interrupted() -> None:
+    """Raises a KeyboardInterrupt if there was one.
+
+    Where it came while JAX's callback of the garbage collector ran, nobody heard of it.
+    """
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
+
+
+def _interrupt(*_):
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
+def _stop(message):
+    _say(message)
+    sys.exit(USAGE)
+
+
+def _say(message):
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)

@@ -8,6 +8,8 @@ from types import TracebackType
 from rich import progress
 from rich.console import Console
 
+from experiments.flags import check_interrupted
+
 EVERY = 5.0  # seconds between plain lines
 
 
@@ -47,7 +49,8 @@ class Progress:
             self._line(text)
 
     def advance(self, amount: int) -> None:
-        """`amount` more of the total is done."""
+        """`amount` more of the total is done; raises a KeyboardInterrupt that got lost."""
+        check_interrupted()
         self._done += amount
         if self._bar:
             self._bar.advance(self._task, amount)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import platform
 import shlex
@@ -31,7 +32,7 @@ def create(path: str | None, experiment: str, overwrite: bool) -> Path:
     Raises:
       UserError: it holds another run and `overwrite` is False, or it is a file.
     """
-    folder = Path(path or f"runs/{experiment}/{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = Path(path).expanduser() if path else _new(Path("runs", experiment))
     if folder.exists() and not folder.is_dir():
         raise UserError(f"workdir {folder} is a file: name a folder")
     left = [folder / name for name in OUTPUTS if (folder / name).exists()]
@@ -43,6 +44,13 @@ def create(path: str | None, experiment: str, overwrite: bool) -> Path:
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _new(parent):
+    """A folder named by the time, that is not there yet."""
+    now = time.strftime("%Y%m%d-%H%M%S")
+    names = itertools.chain([now], (f"{now}-{i}" for i in itertools.count(2)))
+    return next(parent / name for name in names if not (parent / name).exists())
 
 
 def write_config(
@@ -70,7 +78,7 @@ def command(config: Any, experiment: str) -> str:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value != field.default and field.name not in ("workdir", "overwrite"):
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
             words.append(f"--{field.name}={text}")
     return shlex.join(words)
 

@@ -1,17 +1,19 @@
 """Decoded arrays on disk: written once, mapped into memory afterwards.
 
-A folder per dataset holds one `.npy` file per array and `meta.json` with the rest and the
-CRC-32 of each file. It is filled under a temporary name and renamed, so that a folder that
-exists is whole.
+A folder per dataset holds one `.npy` file per array, and `meta.json` with everything else
+and checksums (CRC-32) of the files and of itself. It is filled under a temporary name and
+renamed, so that a folder that exists is whole.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
+import urllib.parse
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -43,45 +45,67 @@ def cached(name: str, fingerprint: str, cache_dir: Path, build: Callable[[], Arr
       OSError: the cache cannot be written, the disk being full among the reasons.
     """
     digest = hashlib.sha256(fingerprint.encode()).hexdigest()[:12]
-    folder = cache_dir / f"{name.replace('/', '-').replace(':', '-')}-{digest}"
+    folder = cache_dir / f"{urllib.parse.quote(name, safe='')}-{digest}"
     if not folder.exists():
-        _write(folder, build())
+        _write(folder, build)
     return _read(folder)
 
 
-def _write(folder, arrays):
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+def _write(folder, build):
+    # Made before the minutes of decoding, so that it is known before that it can be.
+    unfinished = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    unfinished.mkdir(parents=True)
     try:
-        for name in ARRAYS:
-            np.save(unfinished / f"{name}.npy", getattr(arrays, name))
-        meta = {k: v for k, v in arrays._asdict().items() if k not in ARRAYS}
-        checksums = {name: _crc32(unfinished / f"{name}.npy") for name in ARRAYS}
-        (unfinished / "meta.json").write_text(json.dumps({**meta, "crc32": checksums}))
-        if not folder.exists():  # Another process may have been faster.
-            unfinished.rename(folder)
+        arrays = build()
+        _save(arrays, unfinished)
+        unfinished.rename(folder)
+    except OSError as e:
+        if not folder.exists():  # or another process was faster
+            # NumPy's error of a short write has neither a number nor a name.
+            reason = e.strerror or f"cannot be written: {e}"
+            raise OSError(e.errno or errno.ENOSPC, reason, e.filename or str(folder)) from e
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def _save(arrays, folder):
+    for name in ARRAYS:
+        np.save(folder / f"{name}.npy", getattr(arrays, name))
+    content = {k: v for k, v in arrays._asdict().items() if k not in ARRAYS}
+    content["crc32"] = {name: _crc32(folder / f"{name}.npy") for name in ARRAYS}
+    text = json.dumps(content)
+    meta = {"content": text, "crc32": zlib.crc32(text.encode())}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
 def _read(folder):
+    def damaged(name, reason):
+        return UserError(
+            f"damaged cache file {folder / name} ({reason}): delete the folder {folder} and "
+            "run again"
+        )
+
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        checksums = meta.pop("crc32")
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
-        meta["mean"], meta["std"] = tuple(meta["mean"]), tuple(meta["std"])
-        damaged = [n for n in ARRAYS if _crc32(folder / f"{n}.npy") != checksums[n]]
-        result = Arrays(**arrays, **meta)
-    except (ValueError, KeyError, TypeError, EOFError, FileNotFoundError) as e:
-        raise UserError(f"damaged cache folder {folder} ({e}): delete it and run again") from e
-    if damaged:
-        raise UserError(
-            f"damaged cache file {folder / damaged[0]}.npy (its checksum differs): delete the "
-            f"folder {folder} and run again"
-        )
-    return result
+        whole = zlib.crc32(meta["content"].encode()) == meta["crc32"]
+    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as e:
+        raise damaged("meta.json", type(e).__name__) from e
+    if not whole:
+        raise damaged("meta.json", "its checksum differs")
+    content = json.loads(meta["content"])
+    checksums, arrays = content.pop("crc32"), {}
+    for name in ARRAYS:
+        path = folder / f"{name}.npy"
+        # Before NumPy parses it, which a damaged header makes do anything.
+        if _crc32(path) != checksums[name]:
+            raise damaged(path.name, "its checksum differs" if path.exists() else "missing")
+        arrays[name] = np.load(path, mmap_mode="r")
+    content["mean"], content["std"] = tuple(content["mean"]), tuple(content["std"])
+    return Arrays(**arrays, **content)
 
 
 def _crc32(path):
-    mapped = np.memmap(path, np.uint8, mode="r")
-    return zlib.crc32(mapped)
+    """Of the file's content; None for one that is missing or empty, which cannot be mapped."""
+    if not path.exists() or not path.stat().st_size:
+        return None
+    return zlib.crc32(np.memmap(path, np.uint8, mode="r"))

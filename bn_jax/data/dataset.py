@@ -57,8 +57,8 @@ def load(
       name: the dataset; "set/config:version" for one of tensorflow-datasets.
       validation_fraction: share of the training examples that is carved off, at random
         but always the same, for choosing among runs; in (0, 1).
-      scaling: `standard` (mean 0 and variance 1 of the training inputs in each channel),
-        `unit` (divided by the largest magnitude) or `raw`.
+      scaling: `standard` (mean 0 and variance 1 in each channel, over the training inputs
+        with those held out), `unit` (divided by the largest magnitude) or `raw`.
       data_dir: of tensorflow-datasets; else `TFDS_DATA_DIR`, else its default.
       cache_dir: for decoded arrays; by default under the user's cache directory.
 
@@ -91,13 +91,9 @@ def load(
 def _arrays(name, data_dir, cache_dir):
     if name in TOYS:
         return TOYS[name]()
-    folder = tfds.resolve_data_dir(data_dir)
-    return cached(
-        name,
-        tfds.fingerprint(name, folder),
-        Path(cache_dir).expanduser() if cache_dir else default_cache_dir(),
-        lambda: tfds.read(name, folder),
-    )
+    source = tfds.Source(name, tfds.resolve_data_dir(data_dir))
+    folder = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+    return cached(name, source.fingerprint(), folder, lambda: tfds.read(source))
 
 
 def _affine(arrays, scaling):
@@ -105,7 +101,7 @@ def _affine(arrays, scaling):
         std = np.array(arrays.std)
         offset, factor = np.array(arrays.mean), 1 / np.where(std > 0, std, 1)
     elif scaling in SCALINGS:
-        offset, factor = 0.0, 1 / arrays.peak if scaling == "unit" else 1.0
+        offset, factor = 0.0, 1 / (arrays.peak or 1) if scaling == "unit" else 1.0
     else:
         raise UserError(f"unknown scaling {scaling!r}: {', '.join(SCALINGS)}")
     ones = (1,) * (arrays.train_inputs.ndim - 1)

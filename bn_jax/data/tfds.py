@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shlex
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from absl import logging
@@ -17,6 +20,45 @@ from bn_jax.data.arrays import Arrays
 from bn_jax.errors import UserError
 
 INPUT, LABEL = "image", "label"
+NAME = re.compile(r"([a-z][a-z0-9_]*)(/[\w.-]+)?(:[\d.*]+)?")
+# Read one by one they take three times as long.
+RECORDS = 500
+
+
+class Source(NamedTuple):
+    """A set by its name, "set", "set/config" or "set/config:version", and where it lies."""
+
+    name: str
+    data_dir: Path
+
+    @property
+    def folder(self) -> Path:
+        """Of the set, with all its configs and versions.
+
+        Raises:
+          UserError: the name is none.
+        """
+        match = NAME.fullmatch(self.name)
+        if match is None:
+            raise _unknown(self.name)
+        return self.data_dir / match[1]
+
+    def fingerprint(self) -> str:
+        """What lies prepared there: every file's path, size and time of change."""
+        files = sorted(p for p in self.folder.rglob("*") if p.is_file())
+        stats = ((p.relative_to(self.data_dir), p.stat()) for p in files)
+        return "\n".join(f"{p} {s.st_size} {s.st_mtime_ns}" for p, s in stats)
+
+    def preparation(self) -> str:
+        """The command that prepares the set."""
+        program = (
+            f"import tensorflow_datasets as tfds; tfds.builder({self.name!r}, "
+            f"data_dir={str(self.data_dir)!r}, file_format='array_record')"
+            ".download_and_prepare()"
+        )
+        # Double quotes are easier to read than what shlex makes of the single ones inside.
+        quoted = shlex.quote(program) if re.search(r'["$`\\!]', program) else f'"{program}"'
+        return f"pip install tensorflow importlib_resources && python -c {quoted}"
 
 
 def resolve_data_dir(data_dir: str | None) -> Path:
@@ -25,55 +67,73 @@ def resolve_data_dir(data_dir: str | None) -> Path:
     return Path(chosen).expanduser().resolve()
 
 
-def fingerprint(name: str, data_dir: Path) -> str:
-    """What lies prepared under the name: every file's path, size and time of change."""
-    folder = data_dir / name.partition(":")[0].partition("/")[0]
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    stats = ((p.relative_to(data_dir), p.stat()) for p in files)
-    return "\n".join(f"{p} {s.st_size} {s.st_mtime_ns}" for p, s in stats)
-
-
-def read(name: str, data_dir: Path) -> Arrays:
-    """Decodes every training and test image of the set `name`, "set/config:version".
+def read(source: Source) -> Arrays:
+    """Decodes every training and test image.
 
     The test images are the `test` split, or `validation` in a set that has no `test`.
 
     Raises:
-      UserError: the set is unknown, not prepared, prepared in another file format, not an
-        image classification set, or of images that differ in shape.
+      UserError: the set is unknown, not prepared, prepared in another file format, damaged,
+        not an image classification set, or of images that differ in shape.
     """
-    with _quiet():
-        builder = _builder(name, data_dir)
-        if not builder.info.splits:
-            raise UserError(
-                f"dataset {name!r} is not prepared in {data_dir}; preparing needs TensorFlow "
-                f"once: {_prepare(name, data_dir)}"
-            )
-        classes = _check_features(name, builder.info.features)
-        train, test = (_decode(builder, split) for split in _splits(name, builder.info))
+    try:
+        with _quiet():
+            return _read(source)
+    except UserError:
+        raise
+    # What reads the files has no errors of its own: RuntimeError, ParseError, Pillow's...
+    except Exception as e:
+        raise UserError(
+            f"dataset {source.name!r} cannot be read from {source.folder}: {_first_line(e)}; "
+            f"if its files are damaged, delete that folder, then {source.preparation()}"
+        ) from e
+
+
+def _read(source):
+    builder = _builder(source)
+    if not builder.info.splits:
+        raise UserError(
+            f"dataset {source.name!r} is not prepared in {source.data_dir}; preparing needs "
+            f"TensorFlow once: {source.preparation()}"
+        )
+    classes = _check_features(source.name, builder.info.features)
+    train, test = (_decode(source, builder, s) for s in _splits(source.name, builder.info))
+    for _, labels in (train, test):
+        if labels.min() < 0 or labels.max() >= classes:
+            raise ValueError(f"labels {labels.min()} to {labels.max()} of {classes} classes")
     return Arrays.create(*train, *test, classes)
 
 
-def _builder(name, data_dir):
+def _builder(source):
     import tensorflow_datasets as tfds
 
     try:
-        return tfds.builder(name, data_dir=data_dir)
+        return tfds.builder(source.name, data_dir=source.data_dir)
     except tfds.core.DatasetNotFoundError:
-        raise UserError(
-            f"unknown dataset {name!r}: circles, digits, or a name of tensorflow-datasets "
-            "such as mnist, fashion_mnist, cifar10"
-        ) from None
-    except (ValueError, AssertionError, ImportError, OSError) as e:
-        reason = str(e).strip().partition("\n")[0]
-        raise UserError(f"dataset {name!r} cannot be read from {data_dir}: {reason}") from None
+        if source.folder.is_dir():
+            raise _not_there(source, "it is not among what is prepared") from None
+        raise _unknown(source.name) from None
+    except AssertionError as e:  # of the version
+        raise _not_there(source, str(e).strip()) from e
+    except ValueError as e:
+        if "BuilderConfig" in str(e):
+            raise _not_there(source) from e
+        raise
 
 
-def _prepare(name, data_dir):
-    builder = f"tfds.builder('{name}', data_dir='{data_dir}', file_format='array_record')"
-    return (
-        "pip install tensorflow importlib_resources && "
-        f'python -c "import tensorflow_datasets as tfds; {builder}.download_and_prepare()"'
+def _unknown(name):
+    return UserError(
+        f"unknown dataset {name!r}: circles, digits, or a name of tensorflow-datasets such "
+        "as mnist, fashion_mnist, cifar10 (lower case; /config and :version may follow)"
+    )
+
+
+def _not_there(source, reason="there is no such config"):
+    found = [p.parent for p in source.folder.rglob("dataset_info.json")]
+    prepared = ", ".join(sorted(str(p.relative_to(source.data_dir)) for p in found))
+    return UserError(
+        f"dataset {source.name!r}: {reason}; prepared in {source.data_dir}: "
+        f"{prepared or 'none'}"
     )
 
 
@@ -110,22 +170,28 @@ def _splits(name, info):
     return "train", test
 
 
-def _decode(builder, split):
+def _decode(source, builder, split):
     features = builder.info.features
     try:
-        source = builder.as_data_source(split=split)
+        records = builder.as_data_source(split=split)
     except NotImplementedError:
         file_format = builder.info.file_format
-        command = _prepare(builder.name, builder.data_path.parent.parent)
         raise UserError(
-            f"dataset {builder.name!r} is prepared as {file_format and file_format.value} in "
-            f"{builder.data_path}, which only TensorFlow reads; delete it, then {command}"
+            f"dataset {source.name!r} is prepared as {file_format and file_format.value} in "
+            f"{builder.data_path}, which only TensorFlow reads; delete that folder, then "
+            f"{source.preparation()}"
         ) from None
-    images = np.empty((len(source), *features[INPUT].shape), features[INPUT].np_dtype)
-    labels = np.empty(len(source), np.int32)
-    for i, example in enumerate(source):
-        images[i], labels[i] = example[INPUT], example[LABEL]
+    images = np.empty((len(records), *features[INPUT].shape), features[INPUT].np_dtype)
+    labels = np.empty(len(records), np.int32)
+    for start in range(0, len(records), RECORDS):
+        rows = range(start, min(start + RECORDS, len(records)))
+        for i, example in zip(rows, records.__getitems__(rows), strict=True):
+            images[i], labels[i] = example[INPUT], example[LABEL]
     return images, labels
+
+
+def _first_line(error):
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 @contextlib.contextmanager

@@ -30,7 +30,17 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Images `[n, height, width, channels]` to outputs `[n, num_outputs]`."""
+        """Images `[n, height, width, channels]` to outputs `[n, num_outputs]`.
+
+        Raises:
+          ValueError: x is of another rank, or the images are too small for the max-pools.
+        """
+        smallest = 2 ** (len(self.features) - 1)
+        if x.ndim != 4 or min(x.shape[1:3]) < smallest:
+            raise ValueError(
+                f"a CNN with {len(self.features) - 1} max-pools takes images of at least "
+                f"{smallest} x {smallest}, not inputs of shape {x.shape[1:]}"
+            )
         hidden = functools.partial(hidden_layer, self.norm, self.places)
         if "input" in self.places:
             x = normalized(self.norm, x, train)

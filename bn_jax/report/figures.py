@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 from bn_jax.report.curves import learning_curves
+from bn_jax.report.files import write_atomically
 from bn_jax.report.plotting import stretched
 from bn_jax.report.points import varies
 from bn_jax.report.rates import accuracy_against_rate, steps_against_rate
@@ -31,13 +33,10 @@ def save_all(records: list[dict], summary: dict, folder: str | Path) -> list[Pat
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        figure.savefig(
-            folder / name,
-            dpi=DPI,
-            # Without the version of matplotlib, so that equal figures are equal files.
-            metadata={"Software": None},
-            pil_kwargs={"optimize": True},
-        )
+        png = io.BytesIO()
+        # Without the version of matplotlib, so that equal figures are equal files.
+        figure.savefig(png, dpi=DPI, metadata={"Software": None}, pil_kwargs={"optimize": True})
+        write_atomically(folder / name, png.getvalue())
     return [folder / name for name in figures]
 
 

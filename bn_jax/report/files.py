@@ -2,39 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
 
-def write_atomically(path: str | Path, text: str) -> None:
-    """`path` holds `text` in UTF-8, or, if this fails or is killed, what it held before."""
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """`path` holds the content, text in UTF-8; or what it held before, if this fails.
+
+    Raises:
+      OSError: with the name of the file, also where a full disk is noticed while writing.
+    """
     path = Path(path)
+    content = content.encode() if isinstance(content, str) else content
     # In the same folder, as os.replace is atomic only within one file system.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with _named(path):
+            with open(temporary, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def open_records(path: str | Path) -> TextIO:
+def open_records(path: str | Path) -> FileIO:
     """`path` opened for `append_record`, without the line that a kill may have cut off."""
     path = Path(path)
     if path.exists():
         _mend_end(path)
-    return open(path, "a", encoding="utf-8", newline="\n")
+    # Without a buffer, of which a full disk would be noticed once more when it is closed.
+    return open(path, "ab", buffering=0)
 
 
-def append_record(file: TextIO | str | Path, record: dict) -> None:
-    """One more line of JSON at the end of `file`, flushed.
+def append_record(file: FileIO | str | Path, record: dict) -> None:
+    """One more line of JSON at the end of `file`, written when this returns.
 
     Args:
       file: a path, or what `open_records` returned for one.
@@ -43,14 +51,16 @@ def append_record(file: TextIO | str | Path, record: dict) -> None:
     Raises:
       ValueError: a number in the record is NaN or infinite, which JSON does not have;
         nothing is written then.
+      OSError: with the name of the file.
     """
-    line = json.dumps(record, allow_nan=False) + "\n"
+    line = (json.dumps(record, allow_nan=False) + "\n").encode()
     if isinstance(file, str | Path):
         with open_records(file) as opened:
-            opened.write(line)
-    else:
-        file.write(line)
-        file.flush()
+            append_record(opened, record)
+        return
+    with _named(file.name):
+        while line:
+            line = line[file.write(line) :]
 
 
 def read_records(path: str | Path) -> list[dict]:
@@ -92,3 +102,12 @@ def _mend_end(path: Path) -> None:
             file.write(b"\n")
         else:
             file.truncate(path.stat().st_size - len(lines[-1]))
+
+
+@contextlib.contextmanager
+def _named(path: str | Path):
+    """Gives an OSError from within, which for a full disk has no name, that of the file."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(e.errno, e.strerror or str(e), str(path)) from e

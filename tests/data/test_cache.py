@@ -69,7 +69,7 @@ def test_the_second_time_files_are_mapped_and_nothing_is_built(tmp_path):
 
 
 def test_an_entry_is_one_folder_named_after_the_set(entry):
-    assert entry.name.startswith("set-config-1.0.0-")
+    assert entry.name.startswith("set%2Fconfig%3A1.0.0-")
     assert sorted(os.listdir(entry)) == sorted(FILES)
 
 
@@ -84,7 +84,6 @@ def test_another_name_is_built_again(tmp_path):
     assert_same(cached(tmp_path, name="b", build=lambda: build(1)), build(1))
 
 
-@pytest.mark.xfail(strict=True, reason="/, : and - are all - in the folder's name")
 def test_names_that_differ_in_a_sign_are_different_entries(tmp_path):
     cached(tmp_path, name="set/1.0.0")
     assert_same(cached(tmp_path, name="set:1.0.0", build=lambda: build(1)), build(1))
@@ -142,7 +141,6 @@ def test_other_json_is_refused(tmp_path, entry, text):
         cached(tmp_path, build=never)
 
 
-@pytest.mark.xfail(strict=True, reason="meta.json is parsed before anything checks it")
 @pytest.mark.parametrize("text", ["3", "null", '"crc32"'])
 def test_json_that_is_no_object_is_refused(tmp_path, entry, text):
     (entry / "meta.json").write_text(text)
@@ -150,7 +148,6 @@ def test_json_that_is_no_object_is_refused(tmp_path, entry, text):
         cached(tmp_path, build=never)
 
 
-@pytest.mark.xfail(strict=True, reason="NumPy parses the header before its checksum is checked")
 def test_a_flipped_bit_anywhere_in_a_header_is_refused(tmp_path, entry):
     path = entry / "train_labels.npy"
     whole = path.read_bytes()
@@ -161,10 +158,9 @@ def test_a_flipped_bit_anywhere_in_a_header_is_refused(tmp_path, entry):
                 cached(tmp_path, build=never)
 
 
-@pytest.mark.xfail(strict=True, reason="meta.json has no checksum")
 def test_a_changed_number_in_the_metadata_is_refused(tmp_path, entry):
     path = entry / "meta.json"
-    path.write_text(path.read_text().replace('"num_classes": 5', '"num_classes": 4'))
+    path.write_text(path.read_text().replace('num_classes\\": 5', 'num_classes\\": 4'))
     with pytest.raises(UserError, match="delete"):
         cached(tmp_path, build=never)
 
@@ -205,7 +201,6 @@ def test_nothing_is_left_where_writing_ends_early(tmp_path, monkeypatch, after, 
     assert_same(cached(tmp_path), build())
 
 
-@pytest.mark.xfail(strict=True, reason="written only after minutes of decoding")
 def test_a_cache_that_cannot_be_written_is_known_before_anything_is_decoded(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises((OSError, UserError), match="file"):
@@ -232,7 +227,6 @@ def test_two_threads_may_build_one_entry(tmp_path):
     assert len(os.listdir(tmp_path)) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="between the look at the folder and the renaming")
 def test_another_may_finish_at_the_last_moment(tmp_path, monkeypatch):
     rename = Path.rename
 
@@ -246,7 +240,6 @@ def test_another_may_finish_at_the_last_moment(tmp_path, monkeypatch):
     assert len(os.listdir(tmp_path)) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="mkdtemp makes folders for one user alone")
 def test_an_entry_is_as_readable_as_other_folders(tmp_path, entry):
     other = tmp_path / "other"
     other.mkdir()

@@ -163,7 +163,6 @@ def test_a_constant_channel_becomes_0(stand_in):
     assert (trained_on(load("stand-in"))[..., 1] == 0).all()
 
 
-@pytest.mark.xfail(strict=True, raises=ZeroDivisionError, reason="1 / the peak")
 def test_inputs_that_are_all_0_stay_0_in_unit_scaling(stand_in):
     stand_in(np.zeros((20, 3, 3, 1), np.uint8))
     assert (trained_on(load("stand-in", scaling="unit")) == 0).all()
@@ -187,7 +186,6 @@ def real(tmp_path):
     return read
 
 
-@pytest.mark.slow
 def test_mnist(real):
     dataset = real("mnist/3.0.1")
     assert [s.inputs.shape for s in splits(dataset)] == [
@@ -207,7 +205,6 @@ def test_mnist(real):
     assert np.bincount(np.asarray(dataset.test.labels)).tolist() == per_class
 
 
-@pytest.mark.slow
 def test_cifar10(real):
     dataset = real("cifar10/3.0.2")
     assert [s.inputs.shape for s in splits(dataset)] == [

@@ -132,7 +132,6 @@ def test_the_command_names_only_what_was_changed():
     assert workdir.command(config, "compare") == "python -m experiments.compare"
 
 
-@pytest.mark.xfail(strict=True, reason="a list, as one writes in a notebook, as '[1, 2]'")
 def test_the_command_of_a_config_with_lists():
     command = workdir.command(Config(counts=[3, 4], words=["x"]), "compare")
     assert command.endswith("--words=x --counts=3,4")
@@ -219,7 +218,6 @@ def test_a_fault_of_the_program_has_a_traceback(program):
     assert finished.err.endswith("ValueError: a fault\n")
 
 
-@pytest.mark.xfail(strict=True, reason="absl.app sets INFO, after which no default is in use")
 def test_remarks_are_not_shown(program):
     """JAX remarks on TPU libraries that are not there, at the level of INFO."""
     assert program("--do=logging.info('a remark')").err == ""
