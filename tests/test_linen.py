@@ -95,7 +95,7 @@ def test_fields_are_those_of_flax():
         {"scale_init": nn.initializers.normal(), "bias_init": nn.initializers.constant(2)},
         {"axis_name": "batch", "axis_index_groups": [[0, 1]]},
     ],
-    ids=str,
+    ids=lambda fields: " ".join(fields),  # of values that are functions str is an address
 )
 @pytest.mark.parametrize("x_dtype", [jnp.float32, jnp.bfloat16])
 def test_variables_and_outputs_are_those_of_flax(fields, x_dtype):
