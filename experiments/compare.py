@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import sys
 import time
 from typing import Any
 
@@ -162,6 +163,7 @@ def load_data(config: Config) -> Any:
         scaling=config.scaling,
         data_dir=config.data_dir,
         cache_dir=config.cache_dir,
+        say=lambda text: print(text, file=sys.stderr),
     )
     examples = dataset.train.labels.size
     if config.batch_size > examples:

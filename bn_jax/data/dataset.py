@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +51,7 @@ def load(
     scaling: str = "standard",
     data_dir: str | None = None,
     cache_dir: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Dataset:
     """Loads a dataset: `circles`, `digits`, or one of tensorflow-datasets by its name.
 
@@ -61,13 +63,14 @@ def load(
         with those held out), `unit` (divided by the largest magnitude) or `raw`.
       data_dir: of tensorflow-datasets; else `TFDS_DATA_DIR`, else its default.
       cache_dir: for decoded arrays; by default under the user's cache directory.
+      say: told what takes long.
 
     Raises:
       UserError: anything about the names or files that the user can mend.
     """
     if not 0 < validation_fraction < 1:
         raise UserError(f"validation_fraction {validation_fraction}: it must be in (0, 1)")
-    arrays = _arrays(name, data_dir, cache_dir)
+    arrays = _arrays(name, data_dir, cache_dir, say)
     n = len(arrays.train_labels)
     held_out = round(n * validation_fraction)
     if not 0 < held_out < n:
@@ -88,12 +91,12 @@ def load(
     )
 
 
-def _arrays(name, data_dir, cache_dir):
+def _arrays(name, data_dir, cache_dir, say):
     if name in TOYS:
         return TOYS[name]()
     source = tfds.Source(name, tfds.resolve_data_dir(data_dir))
     folder = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-    return cached(name, source.fingerprint(), folder, lambda: tfds.read(source))
+    return cached(name, source.fingerprint(), folder, lambda: tfds.read(source, say))
 
 
 def _affine(arrays, scaling):

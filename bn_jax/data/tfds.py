@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,10 +68,14 @@ def resolve_data_dir(data_dir: str | None) -> Path:
     return Path(chosen).expanduser().resolve()
 
 
-def read(source: Source) -> Arrays:
+def read(source: Source, say: Callable[[str], None]) -> Arrays:
     """Decodes every training and test image.
 
     The test images are the `test` split, or `validation` in a set that has no `test`.
+
+    Args:
+      source: the set.
+      say: told that it starts to decode, which takes seconds to minutes.
 
     Raises:
       UserError: the set is unknown, not prepared, prepared in another file format, damaged,
@@ -78,7 +83,7 @@ def read(source: Source) -> Arrays:
     """
     try:
         with _quiet():
-            return _read(source)
+            return _read(source, say)
     except UserError:
         raise
     # What reads the files has no errors of its own: RuntimeError, ParseError, Pillow's...
@@ -89,7 +94,7 @@ def read(source: Source) -> Arrays:
         ) from e
 
 
-def _read(source):
+def _read(source, say):
     builder = _builder(source)
     if not builder.info.splits:
         raise UserError(
@@ -97,7 +102,10 @@ def _read(source):
             f"TensorFlow once: {source.preparation()}"
         )
     classes = _check_features(source.name, builder.info.features)
-    train, test = (_decode(source, builder, s) for s in _splits(source.name, builder.info))
+    splits = _splits(source.name, builder.info)
+    count = sum(builder.info.splits[s].num_examples for s in splits)
+    say(f"decoding the {count:,} images of {source.name}; the next start finds them cached")
+    train, test = (_decode(source, builder, s) for s in splits)
     for _, labels in (train, test):
         if labels.min() < 0 or labels.max() >= classes:
             raise ValueError(f"labels {labels.min()} to {labels.max()} of {classes} classes")
