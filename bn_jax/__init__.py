@@ -6,14 +6,24 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bn_jax.core.batch_norm import batch_norm, normalize
     from bn_jax.core.moments import Moments, merge, moments
-    from bn_jax.core.running import BatchStats, ema
+    from bn_jax.core.running import BatchStats, cumulative_mean, debiased_ema, ema
 
 _MODULES = {
     "batch_norm": ("batch_norm", "normalize"),
     "moments": ("Moments", "merge", "moments"),
-    "running": ("BatchStats", "ema"),
+    "running": ("BatchStats", "cumulative_mean", "debiased_ema", "ema"),
 }
-__all__ = ["BatchStats", "Moments", "batch_norm", "ema", "merge", "moments", "normalize"]
+__all__ = [
+    "BatchStats",
+    "Moments",
+    "batch_norm",
+    "cumulative_mean",
+    "debiased_ema",
+    "ema",
+    "merge",
+    "moments",
+    "normalize",
+]
 
 
 def __getattr__(name):

@@ -1,0 +1,116 @@
+"""Estimators beyond `ema`, each against its definition in NumPy float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bn_jax import BatchStats, Moments, cumulative_mean, debiased_ema, ema, moments
+from bn_jax.core.population import algorithm_2, pooled
+from bn_jax.core.running import skip_nonfinite
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(5, 8, 3)) * [1, 5, 0.1] + RNG.normal(size=(5, 1, 3))
+BATCHES = [moments(jnp.asarray(x, jnp.float32)) for x in X]
+MEANS, VARS = X.mean(1), X.var(1)
+EMPTY = Moments(jnp.zeros(3), jnp.zeros(3), jnp.float32(0))
+
+
+def run(update, batches=BATCHES):
+    return functools.reduce(update, batches, BatchStats.create((3,)))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.99, 0.999999])
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_debiased_ema_is_the_weighted_mean_of_the_batches(momentum, unbiased):
+    weights = momentum ** np.arange(4, -1, -1.0)
+    weights /= weights.sum()
+    got = run(functools.partial(debiased_ema, momentum=momentum, unbiased=unbiased))
+    np.testing.assert_allclose(got.mean, weights @ MEANS, 1e-5, 1e-6)
+    factor = 8 / 7 if unbiased else 1
+    np.testing.assert_allclose(got.var, factor * (weights @ VARS), 1e-5)
+    assert got.count == 5
+
+
+def test_debiased_ema_reads_as_haiku_divides():
+    """h <- m h + (1 - m) v from 0, read as h / (1 - m^t)."""
+    hidden = np.zeros(3)
+    for t, mean in enumerate(MEANS, start=1):
+        hidden = 0.9 * hidden + 0.1 * mean
+        got = run(functools.partial(debiased_ema, momentum=0.9), BATCHES[:t])
+        np.testing.assert_allclose(got.mean, hidden / (1 - 0.9**t), 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_cumulative_mean(unbiased):
+    got = run(functools.partial(cumulative_mean, unbiased=unbiased))
+    np.testing.assert_allclose(got.mean, MEANS.mean(0), 1e-5, 1e-6)
+    np.testing.assert_allclose(got.var, VARS.mean(0) * (8 / 7 if unbiased else 1), 1e-5)
+
+
+@pytest.mark.parametrize("update", [ema, debiased_ema, cumulative_mean])
+def test_an_empty_batch_is_not_counted(update):
+    np.testing.assert_array_equal(run(update, [EMPTY]).var, np.ones(3))
+    with_empty = run(update, [EMPTY, *BATCHES[:2], EMPTY, *BATCHES[2:]])
+    jax.tree.map(np.testing.assert_array_equal, with_empty, run(update))
+
+
+@pytest.mark.parametrize("update", [ema, debiased_ema, cumulative_mean])
+def test_every_estimator_is_a_scan_carry(update):
+    stacked = jax.tree.map(lambda *v: jnp.stack(v), *BATCHES)
+    scanned, _ = jax.lax.scan(
+        lambda s, m: (update(s, m), None), BatchStats.create((3,)), stacked
+    )
+    compare = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+    jax.tree.map(compare, scanned, run(update))
+
+
+def test_momentum_may_be_a_schedule_of_the_updates_so_far():
+    def schedule(count):
+        return jnp.where(count < 2, 0.0, 0.5)
+
+    mean = np.zeros(3)
+    for t, batch in enumerate(MEANS):
+        mean = (0 if t < 2 else 0.5) * mean + (1 if t < 2 else 0.5) * batch
+    got = run(functools.partial(ema, momentum=schedule))
+    np.testing.assert_allclose(got.mean, mean, 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_skip_nonfinite_keeps_the_features_that_overflowed(poison):
+    x = jnp.asarray(X[0], jnp.float32).at[0, 1].set(poison)
+    stats = ema(BatchStats.create((3,)), skip_nonfinite(moments(x)), momentum=0.5)
+    np.testing.assert_allclose(stats.mean, 0.5 * MEANS[0] * [1, 0, 1], 1e-5, 1e-6)
+    np.testing.assert_allclose(
+        stats.var, [0.5 + 0.5 * VARS[0, 0], 1, 0.5 + 0.5 * VARS[0, 2]], 1e-5
+    )
+    clean = skip_nonfinite(BATCHES[0])
+    np.testing.assert_array_equal(clean.mean, BATCHES[0].mean)
+
+
+def test_algorithm_2_of_equal_batches_and_of_unequal_ones():
+    got = algorithm_2(iter(BATCHES))
+    np.testing.assert_allclose(got.mean, MEANS.mean(0), 1e-5, 1e-6)
+    np.testing.assert_allclose(got.var, 8 / 7 * VARS.mean(0), 1e-5)
+    # 12 + 4 examples, of facts where equal weights are far off: 3/4 and 1/4.
+    parts = [X.reshape(-1, 3)[:12], X.reshape(-1, 3)[12:16]]
+    got = algorithm_2([moments(jnp.asarray(p, jnp.float32)) for p in parts])
+    want = 0.75 * parts[0].var(0, ddof=1) + 0.25 * parts[1].var(0, ddof=1)
+    np.testing.assert_allclose(got.var, want, 1e-5)
+    assert got.count == 16
+
+
+def test_pooled_is_the_variance_of_everything():
+    got = pooled(BATCHES)
+    np.testing.assert_allclose(got.var, X.reshape(-1, 3).var(0), 1e-5)
+    np.testing.assert_allclose(got.mean, X.reshape(-1, 3).mean(0), 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("estimate", [algorithm_2, pooled])
+def test_batches_without_elements_do_not_count_and_none_at_all_is_an_error(estimate):
+    compare = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+    jax.tree.map(compare, estimate([EMPTY, *BATCHES]), estimate(BATCHES))
+    with pytest.raises(ValueError, match="no batches"):
+        estimate([])
