@@ -48,9 +48,9 @@ def moments(
     """Mean and biased variance over every axis but the feature axes.
 
     Half-precision input is accumulated in float32, float64 in float64. The relative
-    error of `var` in float32 stays below 1e-4 for |mean| up to 1e4 std: x is read once,
-    for the sums of x - c and (x - c)^2 with c the mean of a sample of x (with a mask of
-    all of x, in a pass of its own).
+    error of `var` in float32 stays below 1e-4 for |mean| up to 1e4 std: the sums are of
+    x - c and (x - c)^2 with c the mean of a sample of x, so that neither waits for the
+    other (with a mask c is the mean of all of x, in a pass of its own).
 
     Args:
       x: floating-point array of any rank.

@@ -8,6 +8,7 @@ what `bn_jax.measure.sweep` does.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -72,12 +73,17 @@ class Run:
         return RunState(state, jnp.float32(0), jnp.int32(-1))
 
     def step(self, state: RunState, swept: Swept, split: Any, rows: jax.Array) -> RunState:
-        """One step on the examples `rows` (int32 `[batch]`) of the split."""
+        """One step on the examples `rows` (int32 `[batch]`) of the split.
+
+        A run that has diverged stops: its training state stays as it was before the first
+        step whose loss was not finite.
+        """
         inputs, labels = self.scaled(split.inputs[rows]), split.labels[rows]
         tx = self.optimizer(swept.learning_rate)
         train, loss = train_step(state.train, inputs, labels, self.model(swept), tx)
         first = ~jnp.isfinite(loss) & (state.diverged_at < 0)
         diverged_at = jnp.where(first, state.train.step, state.diverged_at)
+        train = jax.tree.map(functools.partial(jnp.where, diverged_at < 0), train, state.train)
         return RunState(train, state.loss_sum + loss, diverged_at)
 
     def evaluate(self, state: RunState, swept: Swept, split: Any, rows: jax.Array) -> Metrics:

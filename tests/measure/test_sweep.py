@@ -151,6 +151,18 @@ def test_a_run_that_is_not_finite_is_diverged_from_then_on(digits):
     assert large["train_loss"] == [None, None, None]
 
 
+def test_a_diverged_run_keeps_the_weights_that_it_had(digits):
+    run = build(digits)
+    run = Run(lambda swept: Explodes(), run.optimizer, run.scaled, run.batches)
+    (chunk,) = chunks([Point(1e3)], [0], 1)
+    engine = Together(run, digits, BUDGET, chunk)
+    before = engine.advance(engine.init(chunk), chunk, 0)
+    kept = jax.tree.map(np.array, before.train)  # a copy: the state is donated
+    assert before.diverged_at.item() == kept.step.item() >= 0
+    after = engine.advance(before, chunk, 10)
+    jax.tree.map(np.testing.assert_array_equal, kept, jax.tree.map(np.asarray, after.train))
+
+
 def test_progress_adds_up(digits):
     done = []
     records(build(digits), digits, max_runs_at_once=2, on_progress=done.append)
