@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax.linen.module import merge_param
 
-from bn_jax.core.batch_norm import batch_norm, check_features, normalize
-from bn_jax.core.moments import split_axes
+from bn_jax.core.arrays import check_features, split_axes
+from bn_jax.core.batch_norm import batch_norm, normalize
 from bn_jax.core.running import BatchStats, ema
 
 
@@ -97,6 +97,7 @@ class BatchNorm(nn.Module):
         else:
             y, batch = batch_norm(
                 x, scale, bias, axis=self.axis, epsilon=self.epsilon, mask=mask,
+                allow_single=self.is_initializing(),
                 # One example and no mapped axis are customary at initialisation.
                 axis_name=None if self.is_initializing() else self.axis_name,
                 axis_index_groups=self.axis_index_groups,

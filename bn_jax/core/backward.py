@@ -1,18 +1,21 @@
-"""The gradient of batch normalisation in closed form.
+"""The derivative of batch normalisation: one linear map, forwards and backwards.
 
-With r = 1/sqrt(var + epsilon) and y_i = scale r (x_i - mean) + bias, of which mean and var
-are the weighted moments of x (weights w_i, n = sum_i w_i):
+With r = 1/sqrt(var + epsilon), h_i = r (x_i - mean) and y_i = scale h_i + bias, of which mean
+and var are the weighted moments of x (weights w_i, n = sum_i w_i), tangents follow
 
-    dbias  = sum_i dy_i
-    dscale = sum_i dy_i r (x_i - mean)
-    dvar   = -1/2 scale r^2 dscale
-    dmean  = -scale r dbias
-    dx_i   = scale r dy_i + w_i/n (dmean + 2 dvar (x_i - mean))
+    dmean = 1/n sum_i w_i dx_i
+    dvar  = 2/r t,    t = 1/n sum_i w_i h_i dx_i
+    dy_i  = scale r (dx_i - dmean) + dbias + h_i (dscale - scale r (t + r/2 depsilon))
 
-(Ioffe & Szegedy 2015, section 3; `sum_i w_i (x_i - mean)` is 0, so var does not depend on
-mean.) Two passes over x and dy, the first for the sums and the second for dx; what is kept
-from the forward pass is x, mean and r. Replicas that share statistics share dmean and dvar:
-one all-reduce.
+(Ioffe & Szegedy 2015, section 3; `sum_i w_i h_i` is 0, so var does not depend on mean.) JAX
+transposes this map into the gradient in closed form: cotangents (here y', x', ...) are
+
+    scale' = sum_i h_i y'_i    bias' = sum_i y'_i
+    x'_i   = scale r (y'_i - w_i/n (bias' + h_i scale'))
+
+so two passes over x and y', the first for the sums and the second for x', which is
+A y' + B x + C. Kept for it are x, mean and var: everything else is computed again.
+Replicas that share statistics need one all-reduce, in either direction.
 """
 
 from __future__ import annotations
@@ -24,61 +27,71 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bn_jax.core.moments import weigh
+from bn_jax.core.arrays import weigh
 
 
-class Residuals(NamedTuple):
-    """What the backward pass needs: x `[...]`, weights, scale, mean and r `[features]`, n."""
+class Arguments(NamedTuple):
+    """x `[...]`, weights, and scale, bias (None for 1, 0) and epsilon of x's rank."""
 
     x: jax.Array
     w: jax.Array | None
     scale: jax.Array | None
-    mean: jax.Array
-    r: jax.Array
-    count: jax.Array
-
-
-class Gradients(NamedTuple):
-    """Cotangents of x, scale, bias and epsilon, in the dtype of the statistics."""
-
-    x: jax.Array
-    scale: jax.Array
-    bias: jax.Array
+    bias: jax.Array | None
     epsilon: jax.Array
 
 
-def closed_form(
-    residuals: Residuals,
-    dy: jax.Array,
+class Tangents(NamedTuple):
+    """Of y `[...]` and of the batch's mean and var, with the reduced axes kept as 1."""
+
+    y: jax.Array
+    mean: jax.Array
+    var: jax.Array
+
+
+def tangents(
+    at: Arguments,
+    mean: jax.Array,
+    var: jax.Array,
+    count: jax.Array,
+    d: Arguments,
     *,
     reduced: tuple[int, ...],
     total: Callable[[jax.Array], jax.Array],
-) -> Gradients:
-    """The equations above, through the statistics of the batch.
+    vary: Callable[[jax.Array], jax.Array],
+) -> Tangents:
+    """The equations above.
 
     Args:
-      residuals: from the forward pass.
-      dy: cotangent of y, of x's shape.
+      at: the arguments of the function.
+      mean, var, count: the moments of the batch, of x's rank.
+      d: the tangents of the arguments.
       reduced: the axes of x that were averaged over.
       total: the sum over the replicas that share statistics.
+      vary: from a value that all of those share to one that each holds for itself.
     """
-    x, w, scale, mean, r, count = residuals
+    x, w, scale, bias, epsilon = at
     dtype = mean.dtype
-    dy, x = dy.astype(dtype), x.astype(dtype)
-
-    def wide(v):
-        return jnp.expand_dims(v, reduced)
-
     if w is not None:
-        # Padding may hold NaN, of which dy is 0: their product must not reach the sum.
+        # Padding may hold NaN, of which dx is 0: their product must not reach the sum.
         x = jnp.where((w > 0) | jnp.isfinite(x), x, 0)
-    dbias = jnp.sum(dy, axis=reduced)
-    dscale = r * jnp.sum(dy * (x - wide(mean)), axis=reduced)
-    gain = r if scale is None else r * scale.astype(dtype)
-    dvar = -0.5 * gain * r * dscale
-    sums = total(jnp.stack([-gain * dbias, dvar]))
-    to_mean, to_var = (v / jnp.where(count > 0, count, 1) for v in sums)
+    dx = d.x.astype(dtype)
+    r = lax.rsqrt(var + epsilon)
+    gain = r if scale is None else r * scale
+
+    def average(v):
+        return jnp.sum(weigh(v, w), axis=reduced, keepdims=True) / jnp.where(
+            count > 0, count, 1
+        )
+
+    # In units of s, about 1/r, or the products leave float32 at a std of 1e13; not of r,
+    # which replicas need not share (epsilon may be an array).
+    s = lax.stop_gradient(jnp.where(var > 0, lax.rsqrt(var), 1))
     # mean under another name, or XLA stores x - mean for here and reads it back.
-    centred = x - wide(lax.optimization_barrier(mean))
-    dx = wide(gain) * dy + weigh(wide(to_mean) + wide(2 * to_var) * centred, w)
-    return Gradients(dx, dscale, dbias, jnp.sum(dvar))
+    h = s * (x.astype(dtype) - lax.optimization_barrier(mean))
+    along = jnp.real(jnp.conj(h) * dx) if jnp.iscomplexobj(h) else h * dx
+    dmean, dstd = total((average(dx), average(along)))
+    to_mean, to_std = vary((dmean, dstd))
+    u = -gain * (r / s * to_std + 0.5 * r * d.epsilon)
+    u = u if scale is None else u + d.scale
+    v = -gain * to_mean if bias is None else d.bias - gain * to_mean
+    return Tangents(gain * dx + h * (r / s * u) + v, dmean, 2 * dstd / s)

@@ -2,32 +2,40 @@
 
 With weights w_i (1 where there is no mask) and n = sum_i w_i, per feature
 
-    mean = 1/n sum_i w_i x_i        var = 1/n sum_i w_i (x_i - mean)^2
+    mean = 1/n sum_i w_i x_i        var = 1/n sum_i w_i |x_i - mean|^2
 
 `var` is biased (Ioffe & Szegedy 2015, Algorithm 1).
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-Axes = int | Sequence[int]
+from bn_jax.core import sync as _sync
+from bn_jax.core.arrays import (
+    Axes,
+    abs2,
+    accumulation_dtype,
+    element_count,
+    split_axes,
+    weigh,
+    weights,
+)
 
 
 class Moments(NamedTuple):
     """Mean, biased variance and number of elements of each feature.
 
     Attributes:
-      mean: `[features]` (the kept axes of the input, in their order), float32 or float64.
-      var: like `mean`, never negative.
+      mean: `[features]` (the kept axes of the input, in their order), float32 or float64
+        (complex64 or complex128 of complex input).
+      var: `[features]`, real, never negative.
       count: sum of the weights, float; of shape `[]`, or `[features]` where the mask
         differs between features. 0 means that nothing was seen: `mean` and `var` are 0.
     """
@@ -44,25 +52,29 @@ def moments(
     mask: jax.Array | None = None,
     axis_name: Hashable | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
+    sync: Callable[..., Moments] = _sync.sync,
 ) -> Moments:
     """Mean and biased variance over every axis but the feature axes.
 
     Half-precision input is accumulated in float32, float64 in float64. The relative
     error of `var` in float32 stays below 1e-4 for |mean| up to 1e4 std: the sums are of
-    x - c and (x - c)^2 with c the mean of a sample of x, so that neither waits for the
-    other (with a mask c is the mean of all of x, in a pass of its own).
+    x - c and |x - c|^2 with c the mean of a sample of x, so that neither waits for the
+    other (with a mask c is the mean of all of x, in a pass of its own). A variance above
+    3.4e38 is inf in float32, as any square of such numbers.
 
     Args:
-      x: floating-point array of any rank.
+      x: floating-point or complex array of any rank.
       axis: the feature axis, or axes, to keep.
       mask: bool, or non-negative weights; of x's rank and broadcastable to its shape.
         Where it is 0 the value of x does not matter, NaN included.
       axis_name: mapped axis (or axes) of `jax.pmap`, `jax.shard_map` or `jax.vmap` to
         gather over; every replica counts with the number of its elements.
-      axis_index_groups: groups of indices within that axis, as `jax.lax.psum` takes them.
+      axis_index_groups: groups of indices within that axis, as `jax.lax.psum` takes them
+        (here under `vmap` and `shard_map(check_vma=True)` too).
+      sync: how replicas merge: `bn_jax.core.sync.sync`, or `sync_once` for one collective.
 
     Raises:
-      TypeError: x is not floating point.
+      TypeError: x is of integers or booleans.
       ValueError: an axis outside x's rank or named twice, no elements to average, or a
         mask of another rank or shape.
     """
@@ -76,7 +88,7 @@ def merge(a: Moments, b: Moments) -> Moments:
     """The moments of two disjoint sets of elements from the moments of each.
 
         n = n_a + n_b    mean = mean_a + n_b/n (mean_b - mean_a)
-        var = n_a/n var_a + n_b/n var_b + n_a/n n_b/n (mean_b - mean_a)^2
+        var = n_a/n var_a + n_b/n var_b + n_a/n n_b/n |mean_b - mean_a|^2
 
     Associative and commutative to rounding; Moments of count 0 are the identity.
     Source: Chan, Golub & LeVeque 1979, "Updating formulae", equation 2.1.
@@ -87,28 +99,9 @@ def merge(a: Moments, b: Moments) -> Moments:
     delta = b.mean - a.mean
     return Moments(
         mean=a.mean + part_b * delta,
-        var=part_a * a.var + part_b * b.var + part_a * part_b * delta**2,
+        var=part_a * a.var + part_b * b.var + part_a * part_b * abs2(delta),
         count=count,
     )
-
-
-def sync(
-    local: Moments,
-    axis_name: Hashable,
-    axis_index_groups: Sequence[Sequence[int]] | None = None,
-) -> Moments:
-    """`merge` over a mapped axis: every replica gets the moments of all replicas' elements.
-
-    Two all-reduces: the sums of (n, n mean), then the sum of n (var + (mean_i - mean)^2).
-    One all-reduce of (n, sum x, sum x^2) would do, and be wrong by a factor of 6 at
-    |mean| = 1e4 std.
-    """
-    psum = functools.partial(lax.psum, axis_name=axis_name, axis_index_groups=axis_index_groups)
-    count, total = psum((local.count, local.count * local.mean))
-    some = jnp.where(count > 0, count, 1)
-    mean = total / some
-    spread = local.count * (local.var + (local.mean - mean) ** 2)
-    return Moments(mean, psum(spread) / some, count)
 
 
 def _local_moments(x: jax.Array, reduced: tuple[int, ...], w: jax.Array | None) -> Moments:
@@ -129,8 +122,8 @@ def _local_moments(x: jax.Array, reduced: tuple[int, ...], w: jax.Array | None) 
     # the sums: 25 ms in place of 5 for 8M elements on two cores.
     same = lax.optimization_barrier(shift)
     error = average(x.astype(dtype) - shift)
-    square = average((x.astype(dtype) - same) ** 2)
-    var = jnp.maximum(square - error**2, 0)
+    square = average(abs2(x.astype(dtype) - same))
+    var = jnp.maximum(square - abs2(error), 0)
     return Moments(shift.reshape(error.shape) + error, var, count)
 
 
@@ -150,58 +143,3 @@ def _sample_mean(x, reduced):
         left //= strides[a]
     sample = lax.slice(x, (0,) * x.ndim, x.shape, strides)
     return jnp.mean(sample.astype(accumulation_dtype(x)), axis=reduced)
-
-
-def split_axes(x: jax.Array, axis: Axes) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The feature axes of x and the axes to reduce, both non-negative and ascending."""
-    axes = tuple(map(operator.index, axis if isinstance(axis, Iterable) else (axis,)))
-    if any(not -x.ndim <= a < x.ndim for a in axes):
-        raise ValueError(f"axis={axis} does not exist in an input of shape {x.shape}")
-    kept = tuple(sorted({a % x.ndim for a in axes}))
-    if len(kept) != len(axes):
-        raise ValueError(f"axis={axis} names an axis of shape {x.shape} twice")
-    return kept, tuple(a for a in range(x.ndim) if a not in kept)
-
-
-def accumulation_dtype(x: jax.Array) -> jnp.dtype:
-    """float32 for float16, bfloat16 and float32; float64 for float64."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(
-            f"batch normalisation of {x.dtype} input: cast it to a floating-point dtype"
-        )
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def weights(x: jax.Array, mask: jax.Array | None) -> jax.Array | None:
-    """The mask as weights in x's accumulation dtype, a constant to differentiation."""
-    if mask is None:
-        return None
-    mask = jnp.asarray(mask)
-    fits = mask.ndim == x.ndim and all(
-        m in (1, s) for m, s in zip(mask.shape, x.shape, strict=True)
-    )
-    if not fits:
-        raise ValueError(
-            f"a mask of shape {mask.shape} for an input of shape {x.shape}: it must have "
-            "the input's rank, with sizes equal to the input's or 1"
-        )
-    return lax.stop_gradient(mask.astype(accumulation_dtype(x)))
-
-
-def weigh(v: jax.Array, w: jax.Array | None) -> jax.Array:
-    """w v, and 0 where w is 0 whatever v is there (padding may hold NaN)."""
-    return v if w is None else jnp.where(w > 0, w * v, 0)
-
-
-def element_count(x: jax.Array, reduced: tuple[int, ...], w: jax.Array | None) -> jax.Array:
-    """Sum of the weights per feature; `[]` unless the mask differs between features."""
-    if x.size == 0:
-        raise ValueError(f"no elements to normalise over in an input of shape {x.shape}")
-    if w is None:
-        count = math.prod(x.shape[a] for a in reduced)
-        return jnp.asarray(count, accumulation_dtype(x))
-    # Each element of a broadcast mask stands for this many of x.
-    repeats = math.prod(x.shape[a] for a in reduced if w.shape[a] == 1)
-    count = repeats * jnp.sum(w, axis=reduced)
-    kept = tuple(s for a, s in enumerate(x.shape) if a not in reduced)
-    return count.reshape(()) if count.size == 1 else jnp.broadcast_to(count, kept)

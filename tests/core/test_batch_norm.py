@@ -356,7 +356,7 @@ def test_normalize_is_in_the_widest_dtype(x64):
 
 
 @pytest.mark.parametrize("name", ["scale", "bias", "mean", "var"])
-@pytest.mark.parametrize("shape", [(), (1,), (4,), (1, 3)])
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (2, 3), (4, 1), (1, 1, 3)])
 def test_vectors_that_do_not_fit_are_refused(name, shape):
     x, given = jnp.ones((4, 3)), {name: jnp.ones(shape)}
     with pytest.raises(ValueError, match=name):

@@ -8,7 +8,8 @@ import pytest
 import reference
 from jax.sharding import PartitionSpec as P
 
-from bn_jax.core.moments import Moments, merge, moments, sync
+from bn_jax.core.moments import Moments, merge, moments
+from bn_jax.core.sync import sync
 
 SHAPES_AND_AXES = [
     ((7,), 0),

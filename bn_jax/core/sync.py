@@ -1,0 +1,110 @@
+"""Replicas that share statistics: their Moments merged over a mapped axis.
+
+A replica counts with the number of its elements, so that one whose mask leaves nothing has
+no say. Both functions have one meaning, `bn_jax.merge` over the replicas; they differ in
+the number of collectives and in what those carry (C features, D replicas):
+
+    sync        two all-reduces, of C + 1 and of C numbers
+    sync_once   one all-reduce of D (2 C + 1) numbers: where latency is all that counts
+
+One all-reduce of (n, sum x, sum x^2) would do too, and be wrong by a factor of 6 at
+|mean| = 1e4 std.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.flatten_util import ravel_pytree
+
+from bn_jax.core.arrays import abs2
+
+Groups = Sequence[Sequence[int]] | None
+
+
+def sync(local, axis_name: Hashable, axis_index_groups: Groups = None):
+    """Every replica gets the Moments of all replicas' elements, by two all-reduces.
+
+    Args:
+      local: Moments of the replica's own elements.
+      axis_name: mapped axis, or axes.
+      axis_index_groups: groups of replicas that share, as `jax.lax.psum` takes them.
+    """
+    return pool(local, lambda v: all_reduce(v, axis_name, axis_index_groups))
+
+
+def sync_once(local, axis_name: Hashable, axis_index_groups: Groups = None):
+    """`sync` by one all-reduce, in which every replica has a slot of its own."""
+    i, size = lax.axis_index(axis_name), lax.axis_size(axis_name)
+    slots, unravel = _slots(local, i, size)
+    everyone = jax.vmap(unravel)(lax.psum(slots, axis_name))
+    if axis_index_groups is not None:
+        group = _group_of_each(axis_index_groups, size)
+        mine = (group == group[i]).reshape((size,) + (1,) * jnp.ndim(local.count))
+        everyone = everyone._replace(count=jnp.where(mine, everyone.count, 0))
+    # A scalar count of each against means of [D, features].
+    narrow = everyone.mean.ndim - everyone.count.ndim
+    counts = jnp.expand_dims(everyone.count, tuple(range(1, 1 + narrow)))
+    pooled = pool(everyone._replace(count=counts), lambda v: jax.tree.map(_over_replicas, v))
+    return pooled._replace(count=pooled.count.reshape(jnp.shape(local.count)))
+
+
+def pool(parts, total: Callable):
+    """The Moments of all elements from those of parts, given how to sum over the parts.
+
+        n = sum n_i    mean = sum n_i mean_i / n
+        var = sum n_i (var_i + |mean_i - mean|^2) / n
+
+    Args:
+      parts: Moments; each replica's own, or with the parts along an axis.
+      total: from a tree of arrays to the tree of their sums over the parts.
+    """
+    count, weighted = total((parts.count, parts.count * parts.mean))
+    some = jnp.where(count > 0, count, 1)
+    mean = weighted / some
+    spread = total(parts.count * (parts.var + abs2(parts.mean - mean)))
+    return parts._replace(mean=mean, var=spread / some, count=count)
+
+
+def all_reduce(tree, axis_name: Hashable, axis_index_groups: Groups = None):
+    """`lax.psum` of a tree as one collective, with groups wherever psum itself refuses them."""
+    flat, unravel = ravel_pytree(tree)
+    if axis_index_groups is None:
+        return unravel(lax.psum(flat, axis_name))
+    if _on_devices(axis_name) and not _checks_varying(flat):
+        return unravel(lax.psum(flat, axis_name, axis_index_groups=axis_index_groups))
+    group = _group_of_each(axis_index_groups, lax.axis_size(axis_name))
+    mine = group[lax.axis_index(axis_name)]
+    slots, unravel = _slots(tree, mine, len(axis_index_groups))
+    return unravel(lax.psum(slots, axis_name)[mine])
+
+
+def _over_replicas(v):
+    return jnp.sum(v, axis=0)
+
+
+def _slots(tree, i, size):
+    """The tree as row i of zeros `[size, n]`, and the function from a row to a tree."""
+    flat, unravel = ravel_pytree(tree)
+    own = (jnp.arange(size) == i).reshape(size, 1)
+    return jnp.where(own, flat[None], 0), unravel
+
+
+def _group_of_each(groups, size):
+    group = {i: g for g, members in enumerate(groups) for i in members}
+    if sorted(group) != list(range(size)) or len(group) != sum(map(len, groups)):
+        raise ValueError(f"axis_index_groups={groups} must have each of {size} replicas once")
+    return jnp.asarray([group[i] for i in range(size)])
+
+
+def _on_devices(axis_name) -> bool:
+    """Whether the axis is of `pmap` or `shard_map`, and not of `vmap`."""
+    names = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
+    return set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def _checks_varying(v) -> bool:
+    return bool(jax.typeof(v).manual_axis_type.varying)
