@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.module import merge_param
 
-from bn_jax.core.arrays import check_features, split_axes
+from bn_jax.core.arrays import check_features, feature_shape
 from bn_jax.core.batch_norm import batch_norm, normalize
 from bn_jax.core.running import BatchStats, ema
 
@@ -85,7 +85,7 @@ class BatchNorm(nn.Module):
             "use_running_average", self.use_running_average, use_running_average
         )
         x = jnp.asarray(x)
-        features = tuple(x.shape[a] for a in split_axes(x, self.axis)[0])
+        features = feature_shape(x.shape, self.axis)
         ra_mean, ra_var = self._batch_stats(x, features)
         scale = self._parameter("scale", self.use_scale, self.scale_init, features)
         bias = self._parameter("bias", self.use_bias, self.bias_init, features)

@@ -13,25 +13,26 @@ from jax import lax
 Axes = int | Sequence[int]
 
 
-def split_axes(x: jax.Array, axis: Axes) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The feature axes of x and the axes to reduce, both non-negative and ascending."""
+def split_axes(shape: tuple[int, ...], axis: Axes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The feature axes and the axes to reduce, both non-negative and ascending."""
+    rank = len(shape)
     axes = tuple(map(operator.index, axis if isinstance(axis, Iterable) else (axis,)))
-    if any(not -x.ndim <= a < x.ndim for a in axes):
-        raise ValueError(f"axis={axis} does not exist in an input of shape {x.shape}")
-    kept = tuple(sorted({a % x.ndim for a in axes}))
+    if any(not -rank <= a < rank for a in axes):
+        raise ValueError(f"axis={axis} does not exist in an input of shape {shape}")
+    kept = tuple(sorted({a % rank for a in axes}))
     if len(kept) != len(axes):
-        raise ValueError(f"axis={axis} names an axis of shape {x.shape} twice")
-    return kept, tuple(a for a in range(x.ndim) if a not in kept)
+        raise ValueError(f"axis={axis} names an axis of shape {shape} twice")
+    return kept, tuple(a for a in range(rank) if a not in kept)
 
 
-def feature_shape(x: jax.Array, axis: Axes) -> tuple[int, ...]:
+def feature_shape(shape: tuple[int, ...], axis: Axes) -> tuple[int, ...]:
     """`[features]`: the sizes of the feature axes, in their order."""
-    return tuple(x.shape[a] for a in split_axes(x, axis)[0])
+    return tuple(shape[a] for a in split_axes(shape, axis)[0])
 
 
 def check_features(x: jax.Array, axis: Axes, **vectors: jax.Array | None) -> None:
     """Raises a ValueError that names the first vector that is not of shape `[features]`."""
-    features = feature_shape(x, axis)
+    features = feature_shape(x.shape, axis)
     for name, v in vectors.items():
         if v is not None and jnp.shape(v) != features:
             raise ValueError(
@@ -49,7 +50,7 @@ def widen(x: jax.Array, axis: Axes, **vectors: jax.Array | None) -> list[jax.Arr
     Raises:
       ValueError: it is neither.
     """
-    kept, reduced = split_axes(x, axis)
+    kept, reduced = split_axes(x.shape, axis)
     wide = []
     for name, v in vectors.items():
         if v is not None and jnp.ndim(v) == x.ndim:

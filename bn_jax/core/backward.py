@@ -4,8 +4,8 @@ With r = 1/sqrt(var + epsilon), h_i = r (x_i - mean) and y_i = scale h_i + bias,
 and var are the weighted moments of x (weights w_i, n = sum_i w_i), tangents follow
 
     dmean = 1/n sum_i w_i dx_i
-    dvar  = 2/r t,    t = 1/n sum_i w_i h_i dx_i
-    dy_i  = scale r (dx_i - dmean) + dbias + h_i (dscale - scale r (t + r/2 depsilon))
+    dstd  = 1/n sum_i w_i h_i dx_i
+    dy_i  = scale r (dx_i - dmean) + dbias + h_i (dscale - scale r (dstd + r/2 depsilon))
 
 (Ioffe & Szegedy 2015, section 3; `sum_i w_i h_i` is 0, so var does not depend on mean.) JAX
 transposes this map into the gradient in closed form: cotangents (here y', x', ...) are
@@ -40,15 +40,7 @@ class Arguments(NamedTuple):
     epsilon: jax.Array
 
 
-class Tangents(NamedTuple):
-    """Of y `[...]` and of the batch's mean and var, with the reduced axes kept as 1."""
-
-    y: jax.Array
-    mean: jax.Array
-    var: jax.Array
-
-
-def tangents(
+def tangent(
     at: Arguments,
     mean: jax.Array,
     var: jax.Array,
@@ -56,18 +48,16 @@ def tangents(
     d: Arguments,
     *,
     reduced: tuple[int, ...],
-    total: Callable[[jax.Array], jax.Array],
-    vary: Callable[[jax.Array], jax.Array],
-) -> Tangents:
-    """The equations above.
+    total: Callable[[tuple], tuple],
+) -> jax.Array:
+    """dy of the equations above, `[...]`.
 
     Args:
       at: the arguments of the function.
       mean, var, count: the moments of the batch, of x's rank.
       d: the tangents of the arguments.
       reduced: the axes of x that were averaged over.
-      total: the sum over the replicas that share statistics.
-      vary: from a value that all of those share to one that each holds for itself.
+      total: the sums over the replicas that share statistics.
     """
     x, w, scale, bias, epsilon = at
     dtype = mean.dtype
@@ -85,13 +75,12 @@ def tangents(
 
     # In units of s, about 1/r, or the products leave float32 at a std of 1e13; not of r,
     # which replicas need not share (epsilon may be an array).
-    s = lax.stop_gradient(jnp.where(var > 0, lax.rsqrt(var), 1))
+    s = jnp.where(var > 0, lax.rsqrt(jnp.where(var > 0, var, 1)), 1)
     # mean under another name, or XLA stores x - mean for here and reads it back.
     h = s * (x.astype(dtype) - lax.optimization_barrier(mean))
     along = jnp.real(jnp.conj(h) * dx) if jnp.iscomplexobj(h) else h * dx
     dmean, dstd = total((average(dx), average(along)))
-    to_mean, to_std = vary((dmean, dstd))
-    u = -gain * (r / s * to_std + 0.5 * r * d.epsilon)
+    u = -gain * (r / s * dstd + 0.5 * r * d.epsilon)
     u = u if scale is None else u + d.scale
-    v = -gain * to_mean if bias is None else d.bias - gain * to_mean
-    return Tangents(gain * dx + h * (r / s * u) + v, dmean, 2 * dstd / s)
+    v = -gain * dmean if bias is None else d.bias - gain * dmean
+    return gain * dx + h * (r / s * u) + v

@@ -21,7 +21,7 @@ from bn_jax.core.arrays import (
     weights,
     widen,
 )
-from bn_jax.core.backward import Arguments, tangents
+from bn_jax.core.backward import Arguments, tangent
 from bn_jax.core.moments import Moments, moments
 
 
@@ -70,14 +70,40 @@ def batch_norm(
     """
     x = jnp.asarray(x)
     if not allow_single:
-        _refuse_single(x, axis, axis_name, axis_index_groups)
+        refuse_single(x.shape, axis, axis_name, axis_index_groups)
+    common = {
+        "axis": axis, "mask": mask,
+        "axis_name": axis_name, "axis_index_groups": axis_index_groups,
+    }  # fmt: skip
+    batch = moments(x, **common, sync=sync)
+    y = normalize_batch(x, batch, scale, bias, **common, epsilon=epsilon, activation=activation)
+    return y, batch
+
+
+def normalize_batch(
+    x: jax.Array,
+    batch: Moments,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    axis: Axes = -1,
+    epsilon: float = 1e-5,
+    mask: jax.Array | None = None,
+    axis_name: Hashable | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """`normalize` by the moments of x itself, with the derivative in closed form.
+
+    What y owes to x through `batch` is in that derivative; of `batch` as an argument y has
+    none. Arguments and result are those of `batch_norm`, whose second half this is.
+    """
+    x = jnp.asarray(x)
     wide = widen(x, axis, scale=scale, bias=bias)
     at = Arguments(x, weights(x, mask), *wide, jnp.asarray(epsilon, real_dtype(x)))
-    at = _varying_alike(at)
-    groups = _hashable(axis_index_groups)
-    static = _Static(_hashable(axis), axis_name, groups, sync, activation)
-    y, batch = _batch_norm(static, at)
-    return y.astype(_result_type(x, scale, bias)), batch
+    static = _Static(_hashable(axis), axis_name, _hashable(axis_index_groups), activation)
+    y = _normalize(static, _varying_alike(at), batch)
+    return y.astype(_result_type(x, scale, bias))
 
 
 def normalize(
@@ -128,18 +154,22 @@ class _Static(NamedTuple):
     axis: Axes
     axis_name: Hashable | None
     axis_index_groups: tuple[tuple[int, ...], ...] | None
-    sync: Callable
     activation: Callable | None
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _batch_norm(static, at):
-    batch = moments(
-        at.x, axis=static.axis, mask=at.w, axis_name=static.axis_name,
-        axis_index_groups=static.axis_index_groups, sync=static.sync,
-    )  # fmt: skip
+def _normalize(static, at, batch):
     y = _linear(static, at, batch)
-    return y if static.activation is None else static.activation(y), batch
+    return y if static.activation is None else static.activation(y)
+
+
+@_normalize.defjvp
+def _normalize_jvp(static, primals, tangents):
+    (at, batch), (d, _) = primals, tangents
+    y = _normalize(static, at, batch)
+    # Whatever the arguments and the moments determine the backward pass computes again.
+    dy = jax.checkpoint(functools.partial(_tangent, static), prevent_cse=False)(at, batch, d)
+    return y, dy.astype(y.dtype)
 
 
 def _linear(static, at, batch):
@@ -148,35 +178,23 @@ def _linear(static, at, batch):
     return _affine(x, mean, var, at.scale, at.bias, at.epsilon)
 
 
-@_batch_norm.defjvp
-def _batch_norm_jvp(static, primals, tangents_in):
-    (at,), (d,) = primals, tangents_in
-    y, batch = _batch_norm(static, at)
-    # What only the arguments and moments determine is computed again in the backward pass.
-    derivative = jax.checkpoint(functools.partial(_derivative, static), prevent_cse=False)
-    dy, dmean, dvar = derivative(at, batch, d)
-    return (y, batch), (dy.astype(y.dtype), Moments(dmean, dvar, jnp.zeros_like(batch.count)))
-
-
-def _derivative(static, at, batch, d):
+def _tangent(static, at, batch, d):
     mean, var = widen(at.x, static.axis, mean=batch.mean, var=batch.var)
-    count = batch.count
-    if count.ndim:
-        (count,) = widen(at.x, static.axis, count=count)
-    reduced = split_axes(at.x, static.axis)[1]
-    dy, dmean, dvar = tangents(
-        at, mean, var, count, d, reduced=reduced,
-        total=functools.partial(_total, static), vary=functools.partial(_vary_like, at.x),
+    count = jnp.broadcast_to(batch.count, batch.var.shape)
+    dy = tangent(
+        at, mean, var, *widen(at.x, static.axis, count=count), d,
+        reduced=split_axes(at.x.shape, static.axis)[1],
+        total=functools.partial(_total, static, at.x),
     )  # fmt: skip
-    if static.activation is not None:
-        _, dy = jax.jvp(static.activation, (_linear(static, at, batch),), (dy,))
-    return dy, dmean.reshape(batch.mean.shape), dvar.reshape(batch.var.shape)
+    if static.activation is None:
+        return dy
+    return jax.jvp(static.activation, (_linear(static, at, batch),), (dy,))[1]
 
 
-def _total(static, tree):
+def _total(static, x, sums):
     if static.axis_name is None:
-        return tree
-    return _sync.all_reduce(tree, static.axis_name, static.axis_index_groups)
+        return sums
+    return _vary_like(x, _sync.all_reduce(sums, static.axis_name, static.axis_index_groups))
 
 
 def _varying_alike(tree):
@@ -204,14 +222,18 @@ def _varying(v):
     return jax.typeof(v).manual_axis_type.varying
 
 
-def _refuse_single(x, axis, axis_name, groups):
-    """As torch: the variance of one element is 0, its y is the bias whatever it is."""
-    elements = math.prod(x.shape[a] for a in split_axes(x, axis)[1])
+def refuse_single(shape, axis, axis_name=None, groups=None) -> None:
+    """Raises a ValueError, as torch does, where there is one element per feature.
+
+    Its variance is 0, and its y is the bias whatever it is.
+    """
+    reduced = split_axes(shape, axis)[1]
+    elements = math.prod(shape[a] for a in reduced)
     if elements == 1 and axis_name is not None:
         elements = min(map(len, groups)) if groups else lax.axis_size(axis_name)
     if elements == 1:
         raise ValueError(
-            f"one element per feature in an input of shape {x.shape} with feature axis "
+            f"one element per feature in an input of shape {shape} with feature axis "
             f"{axis}: it has no variance to normalise by (allow_single=True to go on)"
         )
 

@@ -79,7 +79,7 @@ def moments(
         mask of another rank or shape.
     """
     x = jnp.asarray(x)
-    _, reduced = split_axes(x, axis)
+    _, reduced = split_axes(x.shape, axis)
     local = _local_moments(x, reduced, weights(x, mask))
     return local if axis_name is None else sync(local, axis_name, axis_index_groups)
 
