@@ -1,8 +1,9 @@
-"""BatchNorm for `flax.linen`: it owns the variables, `bn_jax.core` has the formulas."""
+"""The layers for `flax.linen`: they own the variables, `bn_jax.core` has the formulas."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +12,11 @@ import jax.numpy as jnp
 from flax.linen.module import merge_param
 
 from bn_jax.core.arrays import check_features, feature_shape
-from bn_jax.core.batch_norm import batch_norm, normalize
+from bn_jax.core.batch_norm import batch_norm
+from bn_jax.core.ghost import ghost_batch_norm
+from bn_jax.core.layer import check_call, counts_updates, forward, stats_dtype
+from bn_jax.core.presets import preset
+from bn_jax.core.renorm import PAPER_D_MAX, PAPER_R_MAX, Bound, batch_renorm
 from bn_jax.core.running import BatchStats, ema
 
 
@@ -20,17 +25,20 @@ class BatchNorm(nn.Module):
 
     Where Flax's numbers are wrong these are right: statistics are weighted by how many
     elements each replica's mask leaves, the variance is stable at any mean, running
-    statistics keep their dtype, and a mask or statistics of the wrong shape are refused.
-    What Flax's can and this cannot: `jax.jvp` by itself, integer and complex input.
+    statistics keep their dtype; and a mask or statistics of the wrong shape, missing
+    statistics, and a single element per feature are refused. Integer input is refused too.
 
     Variables: `params` scale, bias `[features]` of `param_dtype`; `batch_stats` mean, var
-    `[features]` of float32. Apply with `mutable=["batch_stats"]` in training.
+    `[features]` of float32 (a complex mean of complex input), and count, the number of
+    updates, where the estimator or a schedule wants it. Apply with
+    `mutable=["batch_stats"]` in training.
 
     Attributes:
       use_running_average: normalise with `batch_stats` and leave them, or (False) with the
         statistics of the batch, and update them. Here or in the call.
       axis: the feature axis, or axes.
-      momentum: weight of the old value in the running average; may be traced.
+      momentum: weight of the old value in the running average; may be traced; or a
+        schedule of the number of updates.
       epsilon: added to the variance.
       dtype: of the result; by default what input and parameters promote to.
       param_dtype: of scale and bias.
@@ -40,11 +48,17 @@ class BatchNorm(nn.Module):
         `bn_jax.moments`. Not looked at while the module initialises.
       use_fast_variance: accepted and ignored: the variance is always the stable one.
       force_float32_reductions: accepted and ignored: statistics are never in half precision.
+      estimator: `bn_jax.ema`, `debiased_ema` or `cumulative_mean`, or a function like them.
+      unbiased: average the unbiased variance of the batches, n/(n-1) var.
+      skip_nonfinite: leave the statistics of a feature as they are where those of the
+        batch are not finite.
+      activation: applied to the result; nothing is kept for its derivative.
+      allow_single: go on with one element per feature (initialisation always does).
     """
 
     use_running_average: bool | None = None
     axis: int | Sequence[int] = -1
-    momentum: float = 0.99
+    momentum: float | Callable[[jax.Array], jax.Array] = 0.99
     epsilon: float = 1e-5
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -56,6 +70,25 @@ class BatchNorm(nn.Module):
     axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
+    estimator: Callable[..., BatchStats] = ema
+    unbiased: bool = False
+    skip_nonfinite: bool = False
+    activation: Callable[[jax.Array], jax.Array] | None = None
+    allow_single: bool = False
+
+    @classmethod
+    def like(cls, framework: str, **fields: Any) -> BatchNorm:
+        """A layer that computes what `framework`'s does, with `fields` beside its settings.
+
+        Args:
+          framework: flax, torch, keras, haiku, equinox or paper; `bn_jax.core.presets` has
+            what each means.
+          **fields: of this class.
+
+        Raises:
+          ValueError: another framework.
+        """
+        return cls(**preset(framework, fields))
 
     @nn.compact
     def __call__(
@@ -64,62 +97,112 @@ class BatchNorm(nn.Module):
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
+        scale: jax.Array | None = None,
+        bias: jax.Array | None = None,
+        update_stats: bool = True,
     ) -> jax.Array:
         """Normalises x.
 
         Args:
-          x: floating-point input.
+          x: floating-point or complex input.
           use_running_average: see the attribute; in one of the two places.
           mask: bool or weights of x's rank, broadcastable to it: what counts in the
             statistics of the batch. Not looked at with running statistics.
+          scale, bias: in place of parameters (use_scale=False, use_bias=False):
+            `[features]`, or of x's rank and broadcastable to it, so that every example can
+            have its own.
+          update_stats: whether the running statistics move, if the batch's are in use.
 
         Returns:
           The normalised input, of x's shape.
 
         Raises:
           TypeError: x is not floating point.
-          ValueError: statistics or mask whose shape does not fit x, or no `batch_stats`
-            among the variables.
+          ValueError: statistics or mask whose shape does not fit x, no `batch_stats` among
+            the variables, one element per feature, or a scale or bias from two places.
         """
         use_running_average = merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
         x = jnp.asarray(x)
-        features = feature_shape(x.shape, self.axis)
-        ra_mean, ra_var = self._batch_stats(x, features)
-        scale = self._parameter("scale", self.use_scale, self.scale_init, features)
-        bias = self._parameter("bias", self.use_bias, self.bias_init, features)
-        if use_running_average:
-            y = normalize(
-                x, ra_mean.value, ra_var.value, scale, bias,
-                axis=self.axis, epsilon=self.epsilon,
-            )  # fmt: skip
-        else:
-            y, batch = batch_norm(
-                x, scale, bias, axis=self.axis, epsilon=self.epsilon, mask=mask,
-                allow_single=self.is_initializing(),
-                # One example and no mapped axis are customary at initialisation.
-                axis_name=None if self.is_initializing() else self.axis_name,
-                axis_index_groups=self.axis_index_groups,
-            )  # fmt: skip
-            if not self.is_initializing():
-                stats = BatchStats(ra_mean.value, ra_var.value, jnp.int32(0))
-                stats = ema(stats, batch, momentum=self.momentum)
-                ra_mean.value, ra_var.value = stats.mean, stats.var
-        return y if self.dtype is None else y.astype(self.dtype)
+        variables = self._batch_stats(x)
+        stats = BatchStats(**({"count": jnp.int32(0)} | {n: v.value for n, v in variables}))
+        check_call(self, scale=scale, bias=bias)
+        y, stats = forward(
+            self, self._function(stats), x, stats,
+            self._parameter("scale", self.scale_init, x) if self.use_scale else scale,
+            self._parameter("bias", self.bias_init, x) if self.use_bias else bias,
+            use_running_average=use_running_average, mask=mask,
+            initializing=self.is_initializing(),
+        )  # fmt: skip
+        if update_stats and not use_running_average and not self.is_initializing():
+            for name, v in variables:
+                v.value = getattr(stats, name)
+        return y
 
-    def _batch_stats(self, x, features):
-        missing = [n for n in ("mean", "var") if not self.has_variable("batch_stats", n)]
+    def _function(self, stats: BatchStats):
+        """What normalises a batch, given the running statistics before it."""
+        return batch_norm
+
+    def _counts_updates(self) -> bool:
+        return counts_updates(self)
+
+    def _parameter(self, name, init, x):
+        return self.param(name, init, feature_shape(x.shape, self.axis), self.param_dtype)
+
+    def _batch_stats(self, x):
+        names = ("mean", "var", "count") if self._counts_updates() else ("mean", "var")
+        missing = [n for n in names if not self.has_variable("batch_stats", n)]
         if missing and not self.is_initializing():
             raise ValueError(
                 f"no {' and '.join(missing)} in batch_stats for "
                 f"{'/'.join(self.path) or 'this BatchNorm'}: pass the collection that init "
                 "returned, with the parameters"
             )
-        ra_mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
-        ra_var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
-        check_features(x, self.axis, mean=ra_mean.value, var=ra_var.value)
-        return ra_mean, ra_var
+        start = BatchStats.create(feature_shape(x.shape, self.axis), stats_dtype(x))
+        variables = [
+            (n, self.variable("batch_stats", n, lambda n=n: getattr(start, n))) for n in names
+        ]
+        values = {n: v.value for n, v in variables}
+        check_features(x, self.axis, mean=values["mean"], var=values["var"])
+        return variables
 
-    def _parameter(self, name, wanted, init, features):
-        return self.param(name, init, features, self.param_dtype) if wanted else None
+
+class GhostBatchNorm(BatchNorm):
+    """`BatchNorm` over groups of examples, as `bn_jax.ghost_batch_norm` has it.
+
+    The running statistics take the groups one after another, as if each were a batch.
+
+    Attributes:
+      group_size, strided: as in `bn_jax.ghost_batch_norm`.
+      others: as in `BatchNorm`; there are no axis_index_groups.
+    """
+
+    group_size: int = 32
+    strided: bool = False
+
+    def _function(self, stats):
+        return functools.partial(
+            ghost_batch_norm, group_size=self.group_size, strided=self.strided
+        )
+
+
+class BatchRenorm(BatchNorm):
+    """`BatchNorm` that is corrected towards its running statistics: `bn_jax.batch_renorm`.
+
+    `batch_stats` has a count always. With the defaults, those of the paper, the first 5,000
+    updates are plain batch normalisation.
+
+    Attributes:
+      r_max, d_max: bounds of the correction: numbers, or schedules of the number of updates.
+      others: as in `BatchNorm`.
+    """
+
+    r_max: Bound = PAPER_R_MAX
+    d_max: Bound = PAPER_D_MAX
+
+    def _function(self, stats):
+        return functools.partial(batch_renorm, stats=stats, r_max=self.r_max, d_max=self.d_max)
+
+    def _counts_updates(self):
+        return True

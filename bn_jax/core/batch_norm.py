@@ -115,6 +115,7 @@ def normalize(
     *,
     axis: Axes = -1,
     epsilon: float = 1e-5,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """scale (x - mean) / sqrt(var + epsilon) + bias, with statistics that are given.
 
@@ -128,7 +129,7 @@ def normalize(
       x: floating-point or complex array.
       mean, var, scale, bias: `[features]`, or of x's rank and broadcastable to it; scale
         and bias may be None.
-      axis, epsilon: as in `batch_norm`.
+      axis, epsilon, activation: as in `batch_norm`.
 
     Returns:
       y of x's shape, in the dtype that x, scale and bias promote to.
@@ -141,13 +142,18 @@ def normalize(
         jnp.promote_types, [jnp.result_type(v) for v in (mean, var)], accumulation_dtype(x)
     )
     wide = widen(x, axis, mean=mean, var=var, scale=scale, bias=bias)
-    return _affine(x.astype(dtype), *wide, epsilon).astype(_result_type(x, scale, bias))
+    y = _activated(activation, _affine(x.astype(dtype), *wide, epsilon))
+    return y.astype(_result_type(x, scale, bias))
 
 
 def _affine(x, mean, var, scale, bias, epsilon):
     factor = lax.rsqrt(var.astype(jnp.finfo(x.dtype).dtype) + epsilon)
     y = (x - mean) * (factor if scale is None else factor * scale)
     return y if bias is None else y + bias
+
+
+def _activated(activation, y):
+    return y if activation is None else activation(y)
 
 
 class _Static(NamedTuple):
@@ -159,8 +165,7 @@ class _Static(NamedTuple):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _normalize(static, at, batch):
-    y = _linear(static, at, batch)
-    return y if static.activation is None else static.activation(y)
+    return _activated(static.activation, _linear(static, at, batch))
 
 
 @_normalize.defjvp

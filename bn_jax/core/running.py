@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from bn_jax.core.moments import Moments
 
@@ -28,9 +29,17 @@ class BatchStats(NamedTuple):
     count: jax.Array
 
     @classmethod
-    def create(cls, features: tuple[int, ...], dtype=jnp.float32) -> BatchStats:
-        """Mean 0, variance 1, no updates."""
-        return cls(jnp.zeros(features, dtype), jnp.ones(features, dtype), jnp.int32(0))
+    def create(
+        cls, features: tuple[int, ...], dtype=jnp.float32, *, domains: int | None = None
+    ) -> BatchStats:
+        """Mean 0, variance 1, no updates; of each of `domains` along a first axis, if given.
+
+        dtype is that of the mean; where it is complex the variance is real.
+        """
+        first = () if domains is None else (domains,)
+        shape = (*first, *features)
+        var = jnp.ones(shape, jnp.finfo(dtype).dtype)
+        return cls(jnp.zeros(shape, dtype), var, jnp.zeros(first, jnp.int32))
 
 
 def ema(
@@ -51,7 +60,7 @@ def ema(
         Ioffe & Szegedy 2015 do, in place of the biased one, as Flax and Keras do.
     """
     old = momentum(stats.count) if callable(momentum) else momentum
-    return _update(stats, moments, old, 1 - old, unbiased)
+    return blend(stats, moments, old, 1 - old, unbiased)
 
 
 def debiased_ema(
@@ -64,23 +73,28 @@ def debiased_ema(
     2015, section 3) correction, of which only the corrected value is kept. Arguments as
     for `ema`, but momentum is a number in [0, 1).
     """
-    t = (stats.count + 1).astype(jnp.float32)
+    new = debiased_weight(stats.count, momentum)
+    return blend(stats, moments, 1 - new, new, unbiased)
+
+
+def debiased_weight(count: jax.Array, momentum: float) -> jax.Array:
+    """(1 - momentum)/(1 - momentum^t) at update t = count + 1."""
+    t = (count + 1).astype(jnp.float32)
     # 1 - momentum^t, of which float32 would have no digit left at momentum 1 - 1e-6.
     left = -jnp.expm1(t * jnp.log1p(-jnp.asarray(1 - momentum, t.dtype)))
-    new = jnp.where(t > 1, (1 - momentum) / left, 1)
-    return _update(stats, moments, 1 - new, new, unbiased)
+    return jnp.where(t > 1, (1 - momentum) / left, 1)
 
 
 def cumulative_mean(
-    stats: BatchStats, moments: Moments, *, unbiased: bool = False
+    stats: BatchStats, moments: Moments, *, momentum: None = None, unbiased: bool = False
 ) -> BatchStats:
-    """The mean over all batches so far: a = 1/t at update t.
+    """The mean over all batches so far: a = 1/t at update t. It has no momentum.
 
     With `unbiased=True` and batches of one size this is torch's `momentum=None`, and
     Algorithm 2 of Ioffe & Szegedy 2015 on the batches seen.
     """
     new = 1 / (stats.count + 1).astype(jnp.float32)
-    return _update(stats, moments, 1 - new, new, unbiased)
+    return blend(stats, moments, 1 - new, new, unbiased)
 
 
 def skip_nonfinite(moments: Moments) -> Moments:
@@ -99,15 +113,39 @@ def unbiased_var(moments: Moments) -> jax.Array:
     return factor * moments.var
 
 
-def _update(stats, moments, old, new, unbiased):
-    """old and new are the weights: 1 - old loses digits that an old near 1 does not have."""
+def each(
+    estimator: Callable[..., BatchStats], stats: BatchStats, groups: Moments
+) -> BatchStats:
+    """The estimator applied to one after another of Moments along a first axis."""
+
+    def one(stats, moments):
+        return estimator(stats, moments), None
+
+    return lax.scan(one, stats, groups)[0]
+
+
+def blend(stats: BatchStats, moments: Moments, old, new, unbiased: bool) -> BatchStats:
+    """old stats + new moments: what every estimator here comes down to.
+
+    The weights are two because 1 - old loses digits that an old near 1 does not have.
+    """
+    if jnp.iscomplexobj(moments.mean) and not jnp.iscomplexobj(stats.mean):
+        raise TypeError(
+            f"complex batch statistics for running ones of {stats.mean.dtype}: start from "
+            "BatchStats.create(features, jnp.complex64)"
+        )
     var = unbiased_var(moments) if unbiased else moments.var
-    # Not in the dtype of the statistics: .999 in bfloat16 is 1.
-    dtype = jnp.promote_types(moments.mean.dtype, stats.mean.dtype)
     seen = moments.count > 0
-    old, new = (jnp.where(seen, w, e).astype(dtype) for w, e in ((old, 1), (new, 0)))
+    old, new = jnp.where(seen, old, 1), jnp.where(seen, new, 0)
+
+    def weighted(before, value):
+        # Not in the dtype of the statistics: .999 in bfloat16 is 1.
+        dtype = jnp.promote_types(value.dtype, before.dtype)
+        w_old, w_new = (w.astype(jnp.finfo(dtype).dtype) for w in (old, new))
+        return (w_old * before.astype(dtype) + w_new * value).astype(before.dtype)
+
     return BatchStats(
-        (old * stats.mean.astype(dtype) + new * moments.mean).astype(stats.mean.dtype),
-        (old * stats.var.astype(dtype) + new * var).astype(stats.var.dtype),
+        weighted(stats.mean, moments.mean),
+        weighted(stats.var, var),
         stats.count + jnp.any(seen),
     )

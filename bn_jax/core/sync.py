@@ -38,18 +38,34 @@ def sync(local, axis_name: Hashable, axis_index_groups: Groups = None):
 
 def sync_once(local, axis_name: Hashable, axis_index_groups: Groups = None):
     """`sync` by one all-reduce, in which every replica has a slot of its own."""
-    i, size = lax.axis_index(axis_name), lax.axis_size(axis_name)
-    slots, unravel = _slots(local, i, size)
-    everyone = jax.vmap(unravel)(lax.psum(slots, axis_name))
+    everyone = gather(local, axis_name)
     if axis_index_groups is not None:
-        group = _group_of_each(axis_index_groups, size)
-        mine = (group == group[i]).reshape((size,) + (1,) * jnp.ndim(local.count))
+        group = _group_of_each(axis_index_groups, lax.axis_size(axis_name))
+        mine = group == group[lax.axis_index(axis_name)]
+        mine = mine.reshape((-1,) + (1,) * jnp.ndim(local.count))
         everyone = everyone._replace(count=jnp.where(mine, everyone.count, 0))
-    # A scalar count of each against means of [D, features].
-    narrow = everyone.mean.ndim - everyone.count.ndim
-    counts = jnp.expand_dims(everyone.count, tuple(range(1, 1 + narrow)))
-    pooled = pool(everyone._replace(count=counts), lambda v: jax.tree.map(_over_replicas, v))
-    return pooled._replace(count=pooled.count.reshape(jnp.shape(local.count)))
+    return pool_first_axis(everyone)
+
+
+def gather(tree, axis_name: Hashable):
+    """The trees of all replicas, along a new first axis, by one all-reduce.
+
+    An all-gather would send half as much, but what it returns counts as varying over the
+    devices under `shard_map(check_vma=True)`.
+    """
+    slots, unravel = _slots(tree, lax.axis_index(axis_name), lax.axis_size(axis_name))
+    return jax.vmap(unravel)(lax.psum(slots, axis_name))
+
+
+def pool_first_axis(parts):
+    """`merge` of Moments that lie along the first axis: `[parts, ...]` to `[...]`."""
+    count = parts.count
+    # A scalar count of each against means of [parts, features].
+    count = jnp.expand_dims(count, tuple(range(count.ndim, parts.mean.ndim)))
+    pooled = pool(parts._replace(count=count), lambda v: jax.tree.map(_over_first, v))
+    return parts._replace(
+        mean=pooled.mean[0], var=pooled.var[0], count=jnp.sum(parts.count, axis=0)
+    )
 
 
 def pool(parts, total: Callable):
@@ -82,8 +98,8 @@ def all_reduce(tree, axis_name: Hashable, axis_index_groups: Groups = None):
     return unravel(lax.psum(slots, axis_name)[mine])
 
 
-def _over_replicas(v):
-    return jnp.sum(v, axis=0)
+def _over_first(v):
+    return jnp.sum(v, axis=0, keepdims=True)
 
 
 def _slots(tree, i, size):

@@ -11,9 +11,11 @@ from bn_jax.report.files import append_record, open_records, read_records, write
 from bn_jax.report.folder import write
 from bn_jax.report.page import html_page
 from bn_jax.report.sentences import speedup_lines
-from bn_jax.report.tables import print_summary, summary_rows
+from bn_jax.report.tables import print_summary, summary_rows, terminal_table
+from bn_jax.report.text import Wrong
 
 __all__ = [
+    "Wrong",
     "accuracy_against_rate",
     "append_record",
     "captions",
@@ -26,6 +28,7 @@ __all__ = [
     "speedup_lines",
     "steps_against_rate",
     "summary_rows",
+    "terminal_table",
     "write",
     "write_atomically",
 ]

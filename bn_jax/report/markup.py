@@ -6,13 +6,15 @@ import base64
 from html import escape
 from pathlib import Path
 
+from bn_jax.report.text import Wrong
+
 CSS = """
 :root { color-scheme: light dark;
   --ink: #1b1f24; --faint: #59636e; --line: #d5dae0; --paper: #ffffff; --raised: #f4f6f8;
-  --accent: #0072b2; }
+  --accent: #0072b2; --wrong: #b3261e; }
 @media (prefers-color-scheme: dark) { :root {
   --ink: #e6e9ec; --faint: #a2abb5; --line: #3a4149; --paper: #15181b; --raised: #20252a;
-  --accent: #56b4e9; } }
+  --accent: #56b4e9; --wrong: #ff8a80; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 50rem; color: var(--ink);
   background: var(--paper); line-height: 1.55;
@@ -33,7 +35,8 @@ thead th { vertical-align: bottom; border-bottom: 2px solid var(--ink); line-hei
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 tbody th { font-weight: 600; }
 td { white-space: nowrap; }
-td small { display: block; color: var(--faint); }
+th small, td small { display: block; color: var(--faint); font-weight: 400; }
+td.wrong { color: var(--wrong); font-weight: 600; }
 figure { margin: 1.5rem 0 2.25rem; }
 figure img { display: block; width: 100%; max-width: 40rem; height: auto; padding: .5rem;
   background: #ffffff; border: 1px solid var(--line); border-radius: .35rem; }
@@ -55,7 +58,7 @@ pre { padding: .75rem 1rem; background: var(--raised); white-space: pre-wrap;
 }
 @media print {
   :root { color-scheme: light; --ink: #000000; --faint: #444444; --line: #bbbbbb;
-    --paper: #ffffff; --raised: #ffffff; }
+    --paper: #ffffff; --raised: #ffffff; --wrong: #000000; }
   body { max-width: none; padding: 0; font-size: 10pt; }
   figure, tr, dl { break-inside: avoid; }
   h2 { break-after: avoid; }
@@ -114,8 +117,11 @@ def paragraph(text: str, kind: str = "") -> str:
 
 
 def table(caption: str, header: list[str], rows: list[list[str]]) -> str:
-    """The first cell of a row names it; the second line of a cell is set small."""
-    head = "".join(f'<th scope="col">{_text(title)}</th>' for title in header)
+    """The first cell of a row names it; the second line of a cell is set small.
+
+    A cell that is `Wrong` has a colour and a cross.
+    """
+    head = "".join(f'<th scope="col">{_cell(title)}</th>' for title in header)
     lines = "\n".join(f"<tr>{_row(row)}</tr>" for row in rows)
     return (
         f'{paragraph(caption, "note")}\n<div class="wide">\n<table>\n'
@@ -150,9 +156,13 @@ def _text(text: str) -> str:
 
 def _row(row: list[str]) -> str:
     name, *cells = row
-    return f'<th scope="row">{_text(name)}</th>' + "".join(
-        f"<td>{_cell(c)}</td>" for c in cells
-    )
+    return f'<th scope="row">{_cell(name)}</th>' + "".join(map(_column, cells))
+
+
+def _column(text: str) -> str:
+    if isinstance(text, Wrong):
+        return f'<td class="wrong">{_cell(text)} ✗</td>'
+    return f"<td>{_cell(text)}</td>"
 
 
 def _cell(text: str) -> str:

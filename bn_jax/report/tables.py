@@ -11,6 +11,7 @@ from bn_jax.report.points import label
 from bn_jax.report.sentences import speedup_lines
 from bn_jax.report.text import (
     Format,
+    Wrong,
     estimate,
     number,
     padded,
@@ -59,10 +60,40 @@ def print_summary(summary: dict, console: Console | None = None) -> None:
     console = console or Console(highlight=False)
     console.print(Text(headline(summary)))
     console.print()
-    console.print(_table(*summary_rows(summary)))
+    header, rows = summary_rows(summary)
+    broken = [[cell.replace(" to ", "\nto ") for cell in row] for row in rows]
+    console.print(terminal_table(header, broken))
     for line in speedup_lines(summary):
         console.print()
         console.print(Text(line))
+
+
+def terminal_table(header: list[str], rows: list[list[str]]) -> Table:
+    """For `Console.print`: the first column to the left, the others to the right.
+
+    A cell that is `Wrong` has a colour and an x after it.
+    """
+    from rich.box import Box
+    from rich.table import Table
+    from rich.text import Text
+
+    # ASCII, as a log file may be read, or written, in any encoding.
+    rule = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+    table = Table(box=rule, padding=0, show_edge=False)
+    for i, title in enumerate(header):
+        title = "\n".join(
+            wrapped
+            for line in title.split("\n")
+            for wrapped in textwrap.wrap(line, 9, break_long_words=False)
+        )
+        table.add_column(
+            Text(title), justify="right" if i else "left", overflow="fold", vertical="top"
+        )
+    for row in rows:
+        table.add_row(
+            *(Text(f"{c} x", "bold red") if isinstance(c, Wrong) else Text(c) for c in row)
+        )
+    return table
 
 
 def headline(summary: dict) -> str:
@@ -129,21 +160,3 @@ def _reached(arm: dict) -> str:
 
 def _lost(arm: dict) -> str:
     return f"{arm['diverged']} of {arm['seeds']}"
-
-
-def _table(header: list[str], rows: list[list[str]]) -> Table:
-    from rich.box import Box
-    from rich.table import Table
-    from rich.text import Text
-
-    # ASCII, as a log file may be read, or written, in any encoding.
-    rule = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
-    table = Table(box=rule, padding=0, show_edge=False)
-    for i, title in enumerate(header):
-        title = "\n".join(textwrap.wrap(title, 9, break_long_words=False))
-        table.add_column(
-            Text(title), justify="right" if i else "left", overflow="fold", vertical="top"
-        )
-    for row in rows:
-        table.add_row(*(Text(cell.replace(" to ", "\nto ")) for cell in row))
-    return table

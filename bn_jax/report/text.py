@@ -8,6 +8,10 @@ from collections.abc import Callable
 Format = Callable[[float], str]
 
 
+class Wrong(str):
+    """The text of a cell that is to stand out: every form of a table marks it in its way."""
+
+
 def finite(value: float | None) -> float | None:
     """`value` as a float; None where it is None, NaN or infinite."""
     return float(value) if value is not None and math.isfinite(value) else None

@@ -1,0 +1,130 @@
+"""Statistics per domain: a batch of examples from several distributions, each by its own.
+
+Domain-specific batch normalisation (Chang et al. 2019), and, with clean and adversarial
+examples as the domains, the auxiliary one of AdvProp (Xie et al. 2020). Statistics are
+`[D, features]`; estimators go over the domains by `jax.vmap(ema)(stats, batch)`, with
+`BatchStats.create(features, domains=D)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import jax
+import jax.numpy as jnp
+
+from bn_jax.core import sync as _sync
+from bn_jax.core.arrays import Axes, check_features, feature_shape, split_axes, weights
+from bn_jax.core.batch_norm import normalize
+from bn_jax.core.moments import Moments, moments
+
+
+def domain_batch_norm(
+    x: jax.Array,
+    domain: jax.Array,
+    num_domains: int,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    axis: Axes = -1,
+    epsilon: float = 1e-5,
+    mask: jax.Array | None = None,
+    axis_name: Hashable | None = None,
+    sync: Callable[..., Moments] = _sync.sync,
+) -> tuple[jax.Array, Moments]:
+    """`batch_norm` of the examples of every domain by themselves.
+
+    x is read once for the statistics, however many domains there are: they merge from the
+    moments of each example.
+
+    Args:
+      x, axis, epsilon, mask, axis_name, sync: as in `batch_norm`; examples lie along the
+        first axis of x that is not a feature axis.
+      domain: `[examples]` int, 0 to num_domains - 1. Examples of another number count
+        nowhere, and their y is NaN.
+      num_domains: D.
+      scale, bias: `[features]`, shared, or `[D, features]`.
+
+    Returns:
+      y of x's shape, and the Moments of each domain: `[D, features]`, count `[D]` or `[D,
+      features]` where the mask differs between features (0 for a domain without examples).
+
+    Raises:
+      TypeError, ValueError: as `batch_norm`; or a domain that is not one int per example.
+    """
+    x = jnp.asarray(x)
+    first = _check_domain(x, domain, axis)
+    each = _moments_of_examples(x, first, axis, weights(x, mask))
+
+    def of_domain(d):
+        mine = (domain == d).reshape((-1,) + (1,) * (each.count.ndim - 1))
+        local = _sync.pool_first_axis(each._replace(count=jnp.where(mine, each.count, 0)))
+        return local if axis_name is None else sync(local, axis_name)
+
+    batch = jax.vmap(of_domain)(jnp.arange(num_domains))
+    y = domain_normalize(
+        x, domain, batch.mean, batch.var, scale, bias, axis=axis, epsilon=epsilon
+    )
+    return y, batch
+
+
+def domain_normalize(
+    x: jax.Array,
+    domain: jax.Array,
+    mean: jax.Array,
+    var: jax.Array,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    axis: Axes = -1,
+    epsilon: float = 1e-5,
+) -> jax.Array:
+    """`normalize` of each example with the statistics `[D, features]` of its domain.
+
+    Arguments as in `domain_batch_norm`. This is inference with running statistics.
+    """
+    x = jnp.asarray(x)
+    first = _check_domain(x, domain, axis)
+    features = feature_shape(x.shape, axis)
+
+    def of_each(name, v):
+        if v is None or jnp.shape(v) == features:
+            return v
+        check_features(x, axis, **{name: jnp.asarray(v)[0]})
+        v = (
+            jnp.asarray(v)
+            .at[domain]
+            .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        )
+        others = tuple(a - (a > first) for a in split_axes(x.shape, axis)[1] if a != first)
+        return jax.vmap(lambda row: jnp.expand_dims(row, others), out_axes=first)(v)
+
+    given = {"mean": mean, "var": var, "scale": scale, "bias": bias}
+    return normalize(
+        x, **{name: of_each(name, v) for name, v in given.items()}, axis=axis, epsilon=epsilon
+    )
+
+
+def _moments_of_examples(x, first, axis, w):
+    """Moments with the examples as first axis, `[examples, features]`."""
+    kept = tuple(a - (a > first) for a in split_axes(x.shape, axis)[0])
+    if w is not None:
+        w = jnp.broadcast_to(w, (*w.shape[:first], x.shape[first], *w.shape[first + 1 :]))
+
+    def one(x, mask):
+        return moments(x, axis=kept, mask=mask)
+
+    return jax.vmap(one, (first, None if w is None else first))(x, w)
+
+
+def _check_domain(x, domain, axis):
+    reduced = split_axes(x.shape, axis)[1]
+    if not reduced:
+        raise ValueError(f"axis={axis} leaves no axis of examples in a shape of {x.shape}")
+    examples = x.shape[reduced[0]]
+    if jnp.shape(domain) != (examples,) or not jnp.issubdtype(domain.dtype, jnp.integer):
+        raise ValueError(
+            f"domain of shape {jnp.shape(domain)} and {domain.dtype}: one int for each of "
+            f"{examples} examples"
+        )
+    return reduced[0]

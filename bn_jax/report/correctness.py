@@ -1,0 +1,172 @@
+"""The comparison of correctness as a table, a page in Markdown and one in HTML."""
+
+from __future__ import annotations
+
+from bn_jax.report import markdown, markup
+from bn_jax.report.tables import Rows
+from bn_jax.report.text import Wrong
+
+OURS = "bn_jax"
+
+
+def table(summary: dict) -> Rows:
+    """Header, with how many cases each framework gets right, and a row for each case.
+
+    A cell is "-" where the framework lacks the feature, empty where it is not installed.
+    """
+    frameworks = summary["frameworks"]
+    header = ["case", "true value", *map(_score, frameworks)]
+    rows = [
+        [f"{c['number']} {c['title']}", _true(c), *(_cell(c, f) for f in frameworks)]
+        for c in _cases(summary)
+    ]
+    return header, rows
+
+
+def markdown_page(summary: dict, config: dict, question: str) -> str:
+    """The whole report in Markdown.
+
+    Args:
+      summary: of summary.json.
+      config: of config.json; the command and the versions are shown.
+      question: the title.
+    """
+    notes = [
+        f"### {d['number']}. {d['title']}\n\n{d['note']}\n\n"
+        + "".join(f"- {line}\n" for line in map(_measured, d["cases"]))
+        for d in summary["defects"]
+    ]
+    parts = [
+        f"# {question}\n",
+        f"{_introduction(summary)}\n",
+        f"```\n{config['command']}\n```\n\n{_versions(config)}\n",
+        markdown.table(*table(summary)),
+        f"{_legend()}\n",
+        f"## Where {OURS} does not do better\n",
+        "".join(f"- {line}\n" for line in _limits(summary)),
+        "## The cases\n",
+        *notes,
+    ]
+    return "\n".join(parts)
+
+
+def html_page(summary: dict, config: dict, question: str) -> str:
+    """The report as one file, from the same arguments."""
+
+    def paragraph(text: str) -> str:
+        return markup.paragraph(text.replace("`", ""))
+
+    notes = [
+        markup.section(
+            f"{d['number']}. {d['title']}",
+            paragraph(d["note"]),
+            *(paragraph(line) for line in map(_measured, d["cases"])),
+        )
+        for d in summary["defects"]
+    ]
+    limits = map(paragraph, _limits(summary))
+    return markup.document(
+        question,
+        [
+            markup.heading(question),
+            paragraph(_introduction(summary)),
+            markup.table(_legend(), *table(summary)),
+            markup.section(f"Where {OURS} does not do better", *limits),
+            *notes,
+            markup.section("Environment", markup.definitions(config)),
+            markup.section("The command that repeats it", markup.code(config["command"])),
+        ],
+    )
+
+
+def _introduction(summary: dict) -> str:
+    cases = _cases(summary)
+    return (
+        f"{len(cases)} small cases in which a released BatchNorm layer is wrong, put to "
+        f"{OURS} and to every peer that is installed, each used as its documentation says. "
+        "The data is made by NumPy, and the true value computed from it in float64; every "
+        "cell is measured by the command."
+    )
+
+
+def _legend() -> str:
+    return (
+        "A cross: wrong. `-`: the layer has no such feature. Empty: not installed. `error`: an "
+        "exception, right where the true value is `error`, wrong where a number was due. "
+        "`silent`: accepted without one. The heads of the columns say how many of its cases a "
+        "layer gets right."
+    )
+
+
+def _limits(summary: dict) -> list[str]:
+    """What a reader should hold against the table."""
+    cases = _cases(summary)
+    lines = [
+        "The cases were chosen because somebody is wrong in them. On a float32 batch of some "
+        "dozens of shuffled examples, with no mask and a mean of the size of its standard "
+        "deviation, all of these layers agree.",
+    ]
+    for case in cases:
+        if case["ours"]:
+            by_default = case["by_default"]
+            lines.append(
+                f"{case['number']} is measured with {case['ours']}. "
+                f"The layer as it comes gives {_number(by_default['value'])}."
+            )
+    for kind, found in (
+        ("does not have the feature of", [c for c in cases if OURS not in c["answers"]]),
+        ("is wrong in", [c for c in cases if not _ours(c)["right"]]),
+    ):
+        if found:
+            lines.append(f"{OURS} {kind} {', '.join(c['number'] for c in found)}.")
+    return [
+        *lines,
+        "Sharing statistics over replicas takes two all-reduces by default, where Flax's takes one.",
+    ]
+
+
+def _ours(case: dict) -> dict:
+    return case["answers"].get(OURS, {"right": True})
+
+
+def _cases(summary: dict) -> list[dict]:
+    return [case for defect in summary["defects"] for case in defect["cases"]]
+
+
+def _score(framework: dict) -> str:
+    if not framework["installed"]:
+        return f"{framework['name']}\nabsent"
+    return f"{framework['name']}\n{framework['right']} of {framework['cases']}"
+
+
+def _cell(case: dict, framework: dict) -> str:
+    if not framework["installed"]:
+        return ""
+    answer = case["answers"].get(framework["name"])
+    if answer is None:
+        return "-"
+    text = _number(answer["value"])
+    return text if answer["right"] else Wrong(text)
+
+
+def _true(case: dict) -> str:
+    return _number(case["true"]) + (" or error" if case["or_refused"] else "")
+
+
+def _measured(case: dict) -> str:
+    """ "D1a, title: measured. Right within 0.001.", and how the errors were."""
+    text = f"{case['number']}, {case['title']}: {case['measured']}."
+    if case["tolerance"]:
+        text += f" Right within {_number(case['tolerance'])}."
+    details = {name: a["detail"] for name, a in case["answers"].items() if a["detail"]}
+    return text + "".join(f" {name}: {detail}." for name, detail in details.items())
+
+
+def _number(value: float | str) -> str:
+    """Four significant digits, to tell 1.017 from 1.016."""
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+
+def _versions(config: dict) -> str:
+    shown = (f"{k} {v}" if v else f"{k} not installed" for k, v in config["versions"].items())
+    return f"With {', '.join(shown)}, on {', '.join(config['devices'])}."
