@@ -76,11 +76,13 @@ def tangent(
     # In units of s, about 1/r, or the products leave float32 at a std of 1e13; not of r,
     # which replicas need not share (epsilon may be an array).
     s = jnp.where(var > 0, lax.rsqrt(jnp.where(var > 0, var, 1)), 1)
-    # mean under another name, or XLA stores x - mean for here and reads it back.
-    h = s * (x.astype(dtype) - lax.optimization_barrier(mean))
-    along = jnp.real(jnp.conj(h) * dx) if jnp.iscomplexobj(h) else h * dx
+    x = x.astype(dtype)
+    # Not one x - mean for both: XLA would store it and read it back. Nor a factor beside it
+    # in the second, which transposed is the sum of (x - mean) y' that XLA on CPU can fuse.
+    scaled = s * (x - mean)
+    along = jnp.real(jnp.conj(scaled) * dx) if jnp.iscomplexobj(x) else scaled * dx
     dmean, dstd = total((average(dx), average(along)))
     u = -gain * (r / s * dstd + 0.5 * r * d.epsilon)
     u = u if scale is None else u + d.scale
     v = -gain * dmean if bias is None else d.bias - gain * dmean
-    return gain * dx + h * (r / s * u) + v
+    return gain * dx + (x - lax.optimization_barrier(mean)) * (r * u) + v

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bn_jax.report import markdown, markup
 from bn_jax.report.tables import Rows
-from bn_jax.report.text import Wrong
+from bn_jax.report.text import Wrong, number
 
 OURS = "bn_jax"
 
@@ -12,12 +12,17 @@ OURS = "bn_jax"
 def table(summary: dict) -> Rows:
     """Header, with how many cases each framework gets right, and a row for each case.
 
-    A cell is "-" where the framework lacks the feature, empty where it is not installed.
+    The second line of a row's name says what is measured. A cell is "-" where the framework
+    lacks the feature, and empty where it is not installed.
     """
     frameworks = summary["frameworks"]
     header = ["case", "true value", *map(_score, frameworks)]
     rows = [
-        [f"{c['number']} {c['title']}", _true(c), *(_cell(c, f) for f in frameworks)]
+        [
+            f"{c['number']} {c['title']}\n{c['measured']}",
+            _true(c),
+            *(_cell(c, f) for f in frameworks),
+        ]
         for c in _cases(summary)
     ]
     return header, rows
@@ -82,10 +87,10 @@ def html_page(summary: dict, config: dict, question: str) -> str:
 def _introduction(summary: dict) -> str:
     cases = _cases(summary)
     return (
-        f"{len(cases)} small cases in which a released BatchNorm layer is wrong, put to "
+        f"{len(cases)} small cases in which some released BatchNorm layer goes wrong, put to "
         f"{OURS} and to every peer that is installed, each used as its documentation says. "
-        "The data is made by NumPy, and the true value computed from it in float64; every "
-        "cell is measured by the command."
+        "NumPy makes the data (`experiments/defects`), and the true value from it in float64; "
+        "every cell is measured by the command."
     )
 
 
@@ -106,13 +111,13 @@ def _limits(summary: dict) -> list[str]:
         "dozens of shuffled examples, with no mask and a mean of the size of its standard "
         "deviation, all of these layers agree.",
     ]
-    for case in cases:
-        if case["ours"]:
-            by_default = case["by_default"]
-            lines.append(
-                f"{case['number']} is measured with {case['ours']}. "
-                f"The layer as it comes gives {_number(by_default['value'])}."
-            )
+    for ours, found in _otherwise(cases).items():
+        given = ", ".join(
+            f"{_number(c['by_default']['value'])} in {c['number']}" for c in found
+        )
+        lines.append(
+            f"Measured with {ours}, and wrong without: the layer as it comes gives {given}."
+        )
     for kind, found in (
         ("does not have the feature of", [c for c in cases if OURS not in c["answers"]]),
         ("is wrong in", [c for c in cases if not _ours(c)["right"]]),
@@ -121,8 +126,14 @@ def _limits(summary: dict) -> list[str]:
             lines.append(f"{OURS} {kind} {', '.join(c['number'] for c in found)}.")
     return [
         *lines,
-        "Sharing statistics over replicas takes two all-reduces by default, where Flax's takes one.",
+        "Sharing statistics over replicas takes two all-reduces by default; Flax's takes one.",
     ]
+
+
+def _otherwise(cases: list[dict]) -> dict[str, list[dict]]:
+    """The cases for which our layer is not used as it comes, by how it is used."""
+    ways = dict.fromkeys(case["ours"] for case in cases if case["ours"])
+    return {way: [case for case in cases if case["ours"] == way] for way in ways}
 
 
 def _ours(case: dict) -> dict:
@@ -154,17 +165,15 @@ def _true(case: dict) -> str:
 
 
 def _measured(case: dict) -> str:
-    """ "D1a, title: measured. Right within 0.001.", and how the errors were."""
-    text = f"{case['number']}, {case['title']}: {case['measured']}."
-    if case["tolerance"]:
-        text += f" Right within {_number(case['tolerance'])}."
+    """ "D1a, right within 0.001: measured.", and how errors and silences were."""
+    within = f", right within {_number(case['tolerance'])}" if case["tolerance"] else ""
+    text = f"{case['number']}{within}: {case['measured']}."
     details = {name: a["detail"] for name, a in case["answers"].items() if a["detail"]}
     return text + "".join(f" {name}: {detail}." for name, detail in details.items())
 
 
 def _number(value: float | str) -> str:
-    """Four significant digits, to tell 1.017 from 1.016."""
-    return value if isinstance(value, str) else f"{value:.4g}"
+    return value if isinstance(value, str) else number(value)
 
 
 def _versions(config: dict) -> str:
