@@ -1,0 +1,183 @@
+"""Times and bytes of one BatchNorm layer, beside Flax, torch and a plain copy of the array.
+
+Three tasks, on arrays of several shapes and dtypes and with parameters in float32: forward
+(y and the new running statistics), forward+backward (and the gradients of x, scale and
+bias), and the same of relu(BatchNorm(x)), which in bn_jax is one function.
+
+All run in one process, each once in every round; what counts is the median over the rounds,
+of times and of ratios within a round. `/flax` is the time over that of Flax's BatchNorm
+with its fast variance. `/floor` is the time over what the task's passes over the array
+would take at the speed of the copy, which makes 2: 3 forward, 5 backward. In units of the
+array: `allocated` is temporary and output memory of the compiled program, `kept` what
+reverse mode keeps of the forward pass beside its arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import contestants
+from benchmarks.contestants import BOTH, BOTH_WITH_RELU, TASKS
+from benchmarks.timing import interleave, keep_memory, median_ratio
+from bn_jax.errors import UserError
+from bn_jax.report.text import padded
+from experiments import flags
+from experiments.flags import flag
+
+OURS, BASELINE = "bn_jax", "flax fast"
+DTYPES = ("float32", "bfloat16", "float16")
+QUICK = 5  # rounds
+# The shares of Flax's time to stay below at the largest shape; elsewhere it is 1.
+TARGETS = {BOTH.name: 0.75, BOTH_WITH_RELU.name: 0.5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every flag of the benchmark; see `python -m benchmarks.layer --help`."""
+
+    shapes: tuple[str, ...] = flag(
+        ("256x32x32x32", "256x8x8x128", "4096x512"), "of the arrays, features last"
+    )
+    dtypes: tuple[str, ...] = flag(("float32", "bfloat16"), f"of {', '.join(DTYPES)}")
+    rounds: int = flag(30, "how often everything is timed")
+    quick: bool = flag(False, f"{QUICK} rounds")
+    page_faults: bool = flag(
+        False, "leave the allocator as it is, which maps large arrays anew at every call"
+    )
+    workdir: str | None = flag(None, "folder for layer.json; by default there is none")
+
+    def __post_init__(self):
+        for shape in self.shapes:
+            sizes = shape.split("x")
+            if len(sizes) < 2 or not all(n.isdecimal() and int(n) for n in sizes):
+                raise UserError(f"--shapes: {shape!r} is no shape such as 256x8x8x128")
+        for dtype in self.dtypes:
+            if dtype not in DTYPES:
+                raise UserError(f"--dtypes: {dtype!r} is none of {', '.join(DTYPES)}")
+        if not self.shapes or not self.dtypes or self.rounds < 1:
+            raise UserError("name a shape and a dtype at least, and --rounds of at least 1")
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Prints a table for each array and the verdict; what `layer.json` holds comes back.
+
+    Its `rows` have `shape`, `dtype`, `array_bytes`, `task`, `contestant`, the medians
+    `seconds`, `to_flax` and `to_floor`, and `allocated` and `kept` in bytes, or None.
+    """
+    console = Console(highlight=False)
+    settings = environment(keeps_memory=not config.page_faults and keep_memory())
+    for name, value in settings.items():
+        console.print(f"{name}: {value}", soft_wrap=True)
+    rows = []
+    for shape in config.shapes:
+        for dtype in config.dtypes:
+            new = measure(shape, dtype, QUICK if config.quick else config.rounds)
+            console.print()
+            console.print(table(new))
+            rows += new
+    console.print()
+    for line in verdict(rows):
+        console.print(line, soft_wrap=True)
+    result = {**settings, "flags": dataclasses.asdict(config), "rows": rows}
+    if config.workdir:
+        folder = Path(config.workdir).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "layer.json").write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def environment(keeps_memory: bool) -> dict[str, str]:
+    """Device, versions, threads and how memory is allocated."""
+    torch = contestants.import_torch() if contestants.has_torch() else None
+    packages = ("jax", "jaxlib", "flax", *(("torch",) if torch else ()))
+    threads = f", torch on {torch.get_num_threads()} threads" if torch else ""
+    return {
+        "device": f"{jax.default_backend()}: {jax.devices()[0].device_kind}",
+        "versions": ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages),
+        "threads": f"{os.cpu_count()} cores{threads}",
+        "memory": "large blocks are kept for the next call (mallopt): no page faults are timed"
+        if keeps_memory
+        else "as the allocator has it: page faults may be timed",
+    }
+
+
+def measure(shape: str, dtype: str, rounds: int) -> list[dict[str, Any]]:
+    """The rows of all tasks on one array."""
+    keys = jax.random.split(jax.random.key(0))
+    x, dy = (jax.random.normal(key, sizes(shape)).astype(dtype) for key in keys)
+    array = {"shape": shape, "dtype": dtype, "array_bytes": x.nbytes}
+    rows = []
+    for task in TASKS:
+        entered = contestants.prepare(task, x, dy)
+        seconds = interleave({name: c.call for name, c in entered.items()}, rounds)
+        rows += [
+            {
+                **array,
+                "task": task.name,
+                "contestant": name,
+                "seconds": statistics.median(seconds[name]),
+                "to_flax": median_ratio(seconds, name, BASELINE),
+                "to_floor": median_ratio(seconds, name, "copy") * 2 / task.passes,
+                "allocated": contestant.allocated,
+                "kept": contestant.kept,
+            }
+            for name, contestant in entered.items()
+        ]
+    return rows
+
+
+def sizes(shape: str) -> tuple[int, ...]:
+    """ "256x8x8x128" as numbers."""
+    return tuple(map(int, shape.split("x")))
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """A line for each task and contestant, of one array."""
+    title = "{shape} {dtype}, {array_bytes:,} bytes".format(**rows[0])
+    result = Table(title=title, title_justify="left", title_style="bold", box=None)
+    for i, name in enumerate(("task", "", "ms", "/flax", "/floor", "allocated", "kept")):
+        result.add_column(name, justify="left" if i < 2 else "right")
+    for row in rows:
+        first = row["contestant"] == "copy"
+        in_arrays = (row[k] and row[k] / row["array_bytes"] for k in ("allocated", "kept"))
+        result.add_row(
+            row["task"] if first else "",
+            row["contestant"],
+            padded(1e3 * row["seconds"]),
+            f"{row['to_flax']:.2f}",
+            "" if first else f"{row['to_floor']:.2f}",
+            *("" if v is None else f"{v:.2f}" for v in in_arrays),
+        )
+    return result
+
+
+def verdict(rows: list[dict[str, Any]]) -> list[str]:
+    """bn_jax's shares of Flax's time beside the targets."""
+    ours = [row for row in rows if row["contestant"] == OURS]
+    worst = max(ours, key=lambda row: row["to_flax"])
+    lines = ["Of Flax's time bn_jax takes", "  at most {to_flax:.2f} ".format(**worst)]
+    lines[-1] += "({task}, {shape} {dtype}; target 1)".format(**worst)
+    largest = max((row["shape"] for row in ours), key=lambda s: math.prod(sizes(s)))
+    for task, target in TARGETS.items():
+        shares = [
+            "{to_flax:.2f} in {dtype}".format(**row)
+            for row in ours
+            if (row["shape"], row["task"]) == (largest, task)
+        ]
+        lines.append(f"  {', '.join(shares)} ({task}, {largest}; target {target})")
+    return lines
+
+
+if __name__ == "__main__":
+    flags.main(Config, run)
