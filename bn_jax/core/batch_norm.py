@@ -59,6 +59,7 @@ def batch_norm(
         `moments`.
       activation: applied to the result, element by element. Its derivative is taken from
         values that the backward pass computes again: nothing more than x is kept for it.
+        A function of its argument alone: it cannot close over what is differentiated.
       allow_single: go on where there is one element per feature, whose y is the bias.
 
     Returns:
@@ -103,7 +104,7 @@ def normalize_batch(
     at = Arguments(x, weights(x, mask), *wide, jnp.asarray(epsilon, real_dtype(x)))
     static = _Static(_hashable(axis), axis_name, _hashable(axis_index_groups), activation)
     y = _normalize(static, _varying_alike(at), batch)
-    return y.astype(_result_type(x, scale, bias))
+    return y.astype(result_type(x, scale, bias))
 
 
 def normalize(
@@ -143,7 +144,7 @@ def normalize(
     )
     wide = widen(x, axis, mean=mean, var=var, scale=scale, bias=bias)
     y = _activated(activation, _affine(x.astype(dtype), *wide, epsilon))
-    return y.astype(_result_type(x, scale, bias))
+    return y.astype(result_type(x, scale, bias))
 
 
 def _affine(x, mean, var, scale, bias, epsilon):
@@ -243,7 +244,8 @@ def refuse_single(shape, axis, axis_name=None, groups=None) -> None:
         )
 
 
-def _result_type(*arrays):
+def result_type(*arrays: jax.Array | None) -> jnp.dtype:
+    """What the arrays that are given promote to."""
     return jnp.result_type(*(v for v in arrays if v is not None))
 
 

@@ -8,13 +8,14 @@ examples as the domains, the auxiliary one of AdvProp (Xie et al. 2020). Statist
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
 
 from bn_jax.core import sync as _sync
-from bn_jax.core.arrays import Axes, check_features, feature_shape, split_axes, weights
+from bn_jax.core.arrays import Axes, feature_shape, split_axes, weights
 from bn_jax.core.batch_norm import normalize
 from bn_jax.core.moments import Moments, moments
 
@@ -34,14 +35,14 @@ def domain_batch_norm(
 ) -> tuple[jax.Array, Moments]:
     """`batch_norm` of the examples of every domain by themselves.
 
-    x is read once for the statistics, however many domains there are: they merge from the
-    moments of each example.
+    x is read as often as by `batch_norm`, however many domains there are: their moments
+    merge from those of each example.
 
     Args:
       x, axis, epsilon, mask, axis_name, sync: as in `batch_norm`; examples lie along the
         first axis of x that is not a feature axis.
       domain: `[examples]` int, 0 to num_domains - 1. Examples of another number count
-        nowhere, and their y is NaN.
+        nowhere, and their y and its derivatives are NaN; padding is for the mask.
       num_domains: D.
       scale, bias: `[features]`, shared, or `[D, features]`.
 
@@ -53,15 +54,18 @@ def domain_batch_norm(
       TypeError, ValueError: as `batch_norm`; or a domain that is not one int per example.
     """
     x = jnp.asarray(x)
-    first = _check_domain(x, domain, axis)
+    first, domain = _check_domain(x, domain, num_domains, axis)
     each = _moments_of_examples(x, first, axis, weights(x, mask))
+    # A scalar count of each example against means of [examples, features].
+    narrow = range(each.count.ndim, each.mean.ndim)
+    each = each._replace(count=jnp.expand_dims(each.count, tuple(narrow)))
 
-    def of_domain(d):
-        mine = (domain == d).reshape((-1,) + (1,) * (each.count.ndim - 1))
-        local = _sync.pool_first_axis(each._replace(count=jnp.where(mine, each.count, 0)))
-        return local if axis_name is None else sync(local, axis_name)
+    def total(tree):
+        return jax.tree.map(lambda v: jax.ops.segment_sum(v, domain, num_domains), tree)
 
-    batch = jax.vmap(of_domain)(jnp.arange(num_domains))
+    local = _sync.pool(each, total, functools.partial(_of_each_example, domain=domain))
+    local = local._replace(count=local.count.squeeze(tuple(narrow)))
+    batch = local if axis_name is None else jax.vmap(lambda m: sync(m, axis_name))(local)
     y = domain_normalize(
         x, domain, batch.mean, batch.var, scale, bias, axis=axis, epsilon=epsilon
     )
@@ -84,25 +88,28 @@ def domain_normalize(
     Arguments as in `domain_batch_norm`. This is inference with running statistics.
     """
     x = jnp.asarray(x)
-    first = _check_domain(x, domain, axis)
+    first, domain = _check_domain(x, domain, jnp.shape(mean)[0], axis)
     features = feature_shape(x.shape, axis)
+    others = tuple(a - (a > first) for a in split_axes(x.shape, axis)[1] if a != first)
 
-    def of_each(name, v):
-        if v is None or jnp.shape(v) == features:
+    def widened(name, v):
+        if v is None or (jnp.shape(v) == features and name in ("scale", "bias")):
             return v
-        check_features(x, axis, **{name: jnp.asarray(v)[0]})
-        v = (
-            jnp.asarray(v)
-            .at[domain]
-            .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        )
-        others = tuple(a - (a > first) for a in split_axes(x.shape, axis)[1] if a != first)
+        if jnp.shape(v) != (jnp.shape(mean)[0], *features):
+            raise ValueError(
+                f"{name} of shape {jnp.shape(v)} for {jnp.shape(mean)[0]} domains and "
+                f"{features} features"
+            )
+        v = _of_each_example(v, domain)
         return jax.vmap(lambda row: jnp.expand_dims(row, others), out_axes=first)(v)
 
     given = {"mean": mean, "var": var, "scale": scale, "bias": bias}
-    return normalize(
-        x, **{name: of_each(name, v) for name, v in given.items()}, axis=axis, epsilon=epsilon
-    )
+    wide = {name: widened(name, v) for name, v in given.items()}
+    return normalize(x, **wide, axis=axis, epsilon=epsilon)
+
+
+def _of_each_example(v, domain):
+    return jnp.asarray(v).at[domain].get(mode="fill", fill_value=jnp.nan)
 
 
 def _moments_of_examples(x, first, axis, w):
@@ -117,14 +124,15 @@ def _moments_of_examples(x, first, axis, w):
     return jax.vmap(one, (first, None if w is None else first))(x, w)
 
 
-def _check_domain(x, domain, axis):
+def _check_domain(x, domain, num_domains, axis):
+    """The axis of the examples, and the domains with all that do not exist as one of them."""
     reduced = split_axes(x.shape, axis)[1]
     if not reduced:
         raise ValueError(f"axis={axis} leaves no axis of examples in a shape of {x.shape}")
-    examples = x.shape[reduced[0]]
-    if jnp.shape(domain) != (examples,) or not jnp.issubdtype(domain.dtype, jnp.integer):
+    domain, examples = jnp.asarray(domain), x.shape[reduced[0]]
+    if domain.shape != (examples,) or not jnp.issubdtype(domain.dtype, jnp.integer):
         raise ValueError(
-            f"domain of shape {jnp.shape(domain)} and {domain.dtype}: one int for each of "
+            f"domain of shape {domain.shape} and {domain.dtype}: one int for each of "
             f"{examples} examples"
         )
-    return reduced[0]
+    return reduced[0], jnp.where(domain < 0, num_domains, domain)

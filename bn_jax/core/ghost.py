@@ -63,6 +63,7 @@ def ghost_batch_norm(
     options = {"axis": axis, "allow_single": True, **options}
     given = x, *widen(x, axis, scale=scale, bias=bias), weights(x, mask)
     n, size = x.shape[first], 1 if axis_name is None else lax.axis_size(axis_name)
+    group_size = min(group_size, n * size)
     devices = _devices_in_a_group(n, size, group_size, strided)
     groups = -(-n // group_size) if devices == 1 else -(-n * size // group_size)
     smallest = n // groups if strided else n - (groups - 1) * group_size
@@ -72,7 +73,7 @@ def ghost_batch_norm(
         return _spanning(given, devices, size, axis_name, options)
     shared = axis_name if devices > 1 else None
     options["axis_name"] = shared
-    per_group = -(-n // groups) if strided else min(group_size, n)
+    per_group = -(-n // groups) if strided else group_size
     y, batch = _split(given, first, groups, per_group, strided, options)
     if axis_name is None or shared:
         return y, batch
@@ -87,23 +88,23 @@ def _devices_in_a_group(n, size, group_size, strided):
     if strided:
         groups = n * size // group_size
         fits, devices = n * size % group_size == 0 and n % groups == 0, size
-    elif group_size <= n:
-        fits, devices = n % group_size == 0, 1
+        remedy = f"{n * size} over the group size must be whole and divide {n}"
     else:
-        devices = group_size // n
-        fits = group_size % n == 0 and size % devices == 0
+        fits, devices = n % group_size == 0 or group_size % n == 0, max(1, group_size // n)
+        remedy = f"choose a size that divides, or is a multiple of, {n}"
     if not fits:
         raise ValueError(
-            f"groups of {group_size}{' (strided)' if strided else ''} do not fit {size} "
-            f"devices of {n} examples: choose a size that divides, or is a multiple of, {n}"
+            f"{'strided ' if strided else ''}groups of {group_size} do not fit {size} devices "
+            f"of {n} examples: {remedy}"
         )
     return devices
 
 
 def _spanning(given, devices, size, axis_name, options):
-    """Each run of `devices` devices is one group."""
+    """Each run of `devices` devices is one group, the last one perhaps shorter."""
     x, scale, bias, mask = given
-    together = [list(range(i, i + devices)) for i in range(0, size, devices)]
+    every = list(range(size))
+    together = [every[i : i + devices] for i in range(0, size, devices)]
     y, batch = batch_norm(
         x, scale, bias, mask=mask, axis_name=axis_name, axis_index_groups=together, **options
     )

@@ -97,9 +97,11 @@ def merge(a: Moments, b: Moments) -> Moments:
     part_b = b.count / jnp.where(count > 0, count, 1)
     part_a = 1 - part_b
     delta = b.mean - a.mean
+    # Not of one that is empty, whose distance is the other's mean: its square may be inf.
+    apart = jnp.where((a.count > 0) & (b.count > 0), delta, 0)
     return Moments(
         mean=a.mean + part_b * delta,
-        var=part_a * a.var + part_b * b.var + part_a * part_b * abs2(delta),
+        var=part_a * a.var + part_b * b.var + part_a * part_b * abs2(apart),
         count=count,
     )
 

@@ -32,7 +32,7 @@ def equinox_ema(
     with momentum m = 0.99 it is 99 too large after one update, 0.58 after 100. For models
     that were trained with it.
     """
-    new = debiased_weight(stats.count, momentum)
+    new = debiased_weight(stats, momentum)
     old = jnp.where(stats.count == 0, momentum / (1 - momentum), 1 - new)
     return blend(stats, moments, old, new, unbiased)
 

@@ -8,8 +8,8 @@ the running statistics, and constants to differentiation
     y = scale ((x - mean_B) / sigma_B r + d) + bias
 
 which is batch normalisation with scale r and bias + scale d, and where nothing is clipped
-normalisation by the running statistics. The running variance is kept, as everywhere here,
-where the paper keeps a running sigma.
+normalisation by the running statistics. Of complex d the absolute value is clipped. The
+running variance is kept, as everywhere here, where the paper keeps a running sigma.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bn_jax.core.arrays import check_features, widen
-from bn_jax.core.batch_norm import normalize_batch, refuse_single
+from bn_jax.core.batch_norm import normalize_batch, refuse_single, result_type
 from bn_jax.core.moments import Moments, moments
 from bn_jax.core.running import BatchStats
 from bn_jax.core.sync import sync as _sync
@@ -86,6 +86,7 @@ def batch_renorm(
     }  # fmt: skip
     batch = moments(x, **common, sync=sync)
     r, d = lax.stop_gradient(_corrections(batch, stats, r_max, d_max, epsilon))
+    dtype = result_type(x, scale, bias)  # r and d are in float32 whatever x is
     r, d, scale, bias = widen(x, axis, r=r, d=d, scale=scale, bias=bias)
     shift = d if scale is None else d * scale
     y = normalize_batch(
@@ -94,7 +95,7 @@ def batch_renorm(
         shift if bias is None else shift + bias,
         **common, epsilon=epsilon, activation=activation,
     )  # fmt: skip
-    return y, batch
+    return y.astype(dtype), batch
 
 
 def _corrections(batch, stats, r_max, d_max, epsilon):
@@ -105,4 +106,6 @@ def _corrections(batch, stats, r_max, d_max, epsilon):
     # A batch without elements has nothing to be corrected by.
     seen = batch.count > 0
     r, d = jnp.where(seen, r, 1), jnp.where(seen, d, 0)
-    return jnp.clip(r, 1 / r_max, r_max), jnp.clip(d, -d_max, d_max)
+    size = jnp.abs(d)
+    d = jnp.where(size > d_max, d * (d_max / jnp.where(size > 0, size, 1)), d)
+    return jnp.clip(r, 1 / r_max, r_max), d

@@ -73,13 +73,13 @@ def debiased_ema(
     2015, section 3) correction, of which only the corrected value is kept. Arguments as
     for `ema`, but momentum is a number in [0, 1).
     """
-    new = debiased_weight(stats.count, momentum)
+    new = debiased_weight(stats, momentum)
     return blend(stats, moments, 1 - new, new, unbiased)
 
 
-def debiased_weight(count: jax.Array, momentum: float) -> jax.Array:
+def debiased_weight(stats: BatchStats, momentum: float) -> jax.Array:
     """(1 - momentum)/(1 - momentum^t) at update t = count + 1."""
-    t = (count + 1).astype(jnp.float32)
+    t = _update_number(stats)
     # 1 - momentum^t, of which float32 would have no digit left at momentum 1 - 1e-6.
     left = -jnp.expm1(t * jnp.log1p(-jnp.asarray(1 - momentum, t.dtype)))
     return jnp.where(t > 1, (1 - momentum) / left, 1)
@@ -93,7 +93,7 @@ def cumulative_mean(
     With `unbiased=True` and batches of one size this is torch's `momentum=None`, and
     Algorithm 2 of Ioffe & Szegedy 2015 on the batches seen.
     """
-    new = 1 / (stats.count + 1).astype(jnp.float32)
+    new = 1 / _update_number(stats)
     return blend(stats, moments, 1 - new, new, unbiased)
 
 
@@ -122,6 +122,10 @@ def each(
         return estimator(stats, moments), None
 
     return lax.scan(one, stats, groups)[0]
+
+
+def _update_number(stats):
+    return (stats.count + 1).astype(jnp.promote_types(stats.var.dtype, jnp.float32))
 
 
 def blend(stats: BatchStats, moments: Moments, old, new, unbiased: bool) -> BatchStats:

@@ -68,20 +68,26 @@ def pool_first_axis(parts):
     )
 
 
-def pool(parts, total: Callable):
+def pool(parts, total: Callable, each: Callable = lambda mean: mean):
     """The Moments of all elements from those of parts, given how to sum over the parts.
 
         n = sum n_i    mean = sum n_i mean_i / n
         var = sum n_i (var_i + |mean_i - mean|^2) / n
 
+    Parts of count 0 have no say, whatever their mean is, NaN and infinity included.
+
     Args:
       parts: Moments; each replica's own, or with the parts along an axis.
       total: from a tree of arrays to the tree of their sums over the parts.
+      each: from what `total` returns to one for each part, where they differ in shape.
     """
-    count, weighted = total((parts.count, parts.count * parts.mean))
+    seen = parts.count > 0
+    own, var = (jnp.where(seen, v, 0) for v in (parts.mean, parts.var))
+    count, weighted = total((parts.count, parts.count * own))
     some = jnp.where(count > 0, count, 1)
     mean = weighted / some
-    spread = total(parts.count * (parts.var + abs2(parts.mean - mean)))
+    away = jnp.where(seen, own - each(mean), 0)
+    spread = total(parts.count * (var + abs2(away)))
     return parts._replace(mean=mean, var=spread / some, count=count)
 
 
@@ -90,7 +96,7 @@ def all_reduce(tree, axis_name: Hashable, axis_index_groups: Groups = None):
     flat, unravel = ravel_pytree(tree)
     if axis_index_groups is None:
         return unravel(lax.psum(flat, axis_name))
-    if _on_devices(axis_name) and not _checks_varying(flat):
+    if _has_grouped_psum(axis_name, axis_index_groups):
         return unravel(lax.psum(flat, axis_name, axis_index_groups=axis_index_groups))
     group = _group_of_each(axis_index_groups, lax.axis_size(axis_name))
     mine = group[lax.axis_index(axis_name)]
@@ -116,11 +122,9 @@ def _group_of_each(groups, size):
     return jnp.asarray([group[i] for i in range(size)])
 
 
-def _on_devices(axis_name) -> bool:
-    """Whether the axis is of `pmap` or `shard_map`, and not of `vmap`."""
+def _has_grouped_psum(axis_name, groups) -> bool:
+    """An axis of `pmap` or of `shard_map(check_vma=False)`, and groups of one size."""
     names = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
-    return set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
-
-
-def _checks_varying(v) -> bool:
-    return bool(jax.typeof(v).manual_axis_type.varying)
+    on_devices = set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
+    checks_varying = jax.typeof(lax.axis_index(axis_name)).manual_axis_type.varying
+    return on_devices and not checks_varying and len({*map(len, groups)}) == 1

@@ -12,17 +12,12 @@ OURS = "bn_jax"
 def table(summary: dict) -> Rows:
     """Header, with how many cases each framework gets right, and a row for each case.
 
-    The second line of a row's name says what is measured. A cell is "-" where the framework
-    lacks the feature, and empty where it is not installed.
+    A cell is "-" where the framework lacks the feature, and empty where it is not installed.
     """
     frameworks = summary["frameworks"]
     header = ["case", "true value", *map(_score, frameworks)]
     rows = [
-        [
-            f"{c['number']} {c['title']}\n{c['measured']}",
-            _true(c),
-            *(_cell(c, f) for f in frameworks),
-        ]
+        [f"{c['number']} {c['title']}", _true(c), *(_cell(c, f) for f in frameworks)]
         for c in _cases(summary)
     ]
     return header, rows
@@ -75,7 +70,7 @@ def html_page(summary: dict, config: dict, question: str) -> str:
         [
             markup.heading(question),
             paragraph(_introduction(summary)),
-            markup.table(_legend(), *table(summary)),
+            markup.table(_legend().replace("`", ""), *table(summary)),
             markup.section(f"Where {OURS} does not do better", *limits),
             *notes,
             markup.section("Environment", markup.definitions(config)),
@@ -99,7 +94,7 @@ def _legend() -> str:
         "A cross: wrong. `-`: the layer has no such feature. Empty: not installed. `error`: an "
         "exception, right where the true value is `error`, wrong where a number was due. "
         "`silent`: accepted without one. The heads of the columns say how many of its cases a "
-        "layer gets right."
+        "layer gets right. What each case measures, and how close is right, is below."
     )
 
 
@@ -119,7 +114,7 @@ def _limits(summary: dict) -> list[str]:
             f"Measured with {ours}, and wrong without: the layer as it comes gives {given}."
         )
     for kind, found in (
-        ("does not have the feature of", [c for c in cases if OURS not in c["answers"]]),
+        ("lacks what is asked in", [c for c in cases if OURS not in c["answers"]]),
         ("is wrong in", [c for c in cases if not _ours(c)["right"]]),
     ):
         if found:
@@ -161,7 +156,7 @@ def _cell(case: dict, framework: dict) -> str:
 
 
 def _true(case: dict) -> str:
-    return _number(case["true"]) + (" or error" if case["or_refused"] else "")
+    return _number(case["true"]) + ("\nor error" if case["or_refused"] else "")
 
 
 def _measured(case: dict) -> str:
