@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.module import first_from
+from flax.nnx.nn import dtypes
 
 from bn_jax.core.arrays import check_features
 from bn_jax.core.batch_norm import batch_norm
@@ -38,6 +41,8 @@ class BatchNorm(nnx.Module):
         with those of the batch, and update them. `train()` and `eval()` set it.
       use_fast_variance, promote_dtype: accepted and ignored: the variance is always the
         stable one, and statistics are never in half precision.
+      dtype: of the result; by default what input and parameters promote to (the statistics,
+        which make Flax's float32, have no part in it).
       stats_dtype: of the running mean: complex64 for complex input.
       rngs: for the initialisers; metadata for the variables.
       others: as in `bn_jax.linen.BatchNorm`.
@@ -60,10 +65,10 @@ class BatchNorm(nnx.Module):
         axis_name: str | None = None,
         axis_index_groups: Any = None,
         use_fast_variance: bool = True,
-        promote_dtype: Any = None,
+        promote_dtype: Any = dtypes.promote_dtype,
         rngs: nnx.Rngs,
-        bias_metadata: Mapping[str, Any] | None = None,
-        scale_metadata: Mapping[str, Any] | None = None,
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
         estimator: Callable[..., BatchStats] = ema,
         unbiased: bool = False,
         skip_nonfinite: bool = False,
@@ -86,7 +91,8 @@ class BatchNorm(nnx.Module):
         self.activation = activation
         self.allow_single = allow_single
 
-        features = tuple(jnp.atleast_1d(jnp.asarray(num_features)).tolist())
+        several = isinstance(num_features, Sequence)
+        features = tuple(num_features) if several else (operator.index(num_features),)
         start = BatchStats.create(features, stats_dtype)
         self.mean, self.var = nnx.BatchStat(start.mean), nnx.BatchStat(start.var)
         self.count = nnx.data(None)
@@ -96,7 +102,7 @@ class BatchNorm(nnx.Module):
         def parameter(wanted, init, metadata):
             if not wanted:
                 return nnx.data(None)
-            return nnx.Param(init(rngs.params(), features, param_dtype), **(metadata or {}))
+            return nnx.Param(init(rngs.params(), features, param_dtype), **metadata)
 
         self.scale = parameter(use_scale, scale_init, scale_metadata)
         self.bias = parameter(use_bias, bias_init, bias_metadata)
@@ -145,7 +151,11 @@ class BatchNorm(nnx.Module):
         return y
 
     def set_view(self, use_running_average: bool | None = None):
-        """For `nnx.view`: use_running_average of the view, if given."""
+        """What `nnx.view` calls.
+
+        Args:
+          use_running_average: of the view, if given.
+        """
         if use_running_average is not None:
             self.use_running_average = use_running_average
 

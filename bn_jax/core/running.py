@@ -79,6 +79,8 @@ def debiased_ema(
 
 def debiased_weight(stats: BatchStats, momentum: float) -> jax.Array:
     """(1 - momentum)/(1 - momentum^t) at update t = count + 1."""
+    if callable(momentum):
+        raise TypeError("a debiased average has one momentum, not a schedule: use ema")
     t = _update_number(stats)
     # 1 - momentum^t, of which float32 would have no digit left at momentum 1 - 1e-6.
     left = -jnp.expm1(t * jnp.log1p(-jnp.asarray(1 - momentum, t.dtype)))
@@ -135,8 +137,8 @@ def blend(stats: BatchStats, moments: Moments, old, new, unbiased: bool) -> Batc
     """
     if jnp.iscomplexobj(moments.mean) and not jnp.iscomplexobj(stats.mean):
         raise TypeError(
-            f"complex batch statistics for running ones of {stats.mean.dtype}: start from "
-            "BatchStats.create(features, jnp.complex64)"
+            f"complex batch statistics for a running mean of {stats.mean.dtype}: create that "
+            "with dtype complex64 (BatchStats.create(features, jnp.complex64))"
         )
     var = unbiased_var(moments) if unbiased else moments.var
     seen = moments.count > 0
