@@ -53,6 +53,8 @@ def moments(x, axis=-1, mask=None) -> Moments:
     for row, w in zip(to_rows(x, x.shape, axis), weights, strict=True):
         row, w = row[w > 0], w[w > 0]
         mean = np.average(row, weights=w) if w.size else 0.0
+        # The rounding of a sum of equal numbers is not to be their variance.
+        mean += np.average(row - mean, weights=w) if w.size else 0.0
         var = np.average((row - mean) ** 2, weights=w) if w.size else 0.0
         found.append((mean, var, w.sum()))
     shape = features(x.shape, axis)
@@ -76,10 +78,13 @@ def batch_norm(x, scale=None, bias=None, axis=-1, epsilon=1e-5, mask=None):
     return normalize(x, seen.mean, seen.var, scale, bias, axis, epsilon), seen
 
 
-def gradients(x, dy, dmean, dvar, scale=None, axis=-1, epsilon=1e-5, mask=None) -> Gradients:
+def gradients(
+    x, dy, dmean, dvar, scale=None, axis=-1, epsilon=1e-5, mask=None, through=("mean", "var")
+) -> Gradients:
     """What cotangents of y, mean and var become, by the Jacobian of each feature.
 
-    J[j, i] = dy_j/dx_i, with dmean/dx_i = w_i/n and dvar/dx_i = 2 w_i/n (x_i - mean).
+    J[j, i] = dy_j/dx_i, with dmean/dx_i = w_i/n and dvar/dx_i = 2 w_i/n (x_i - mean), of
+    which y feels those that `through` names.
     """
     x = np.asarray(x, np.float64)
     shape = features(x.shape, axis)
@@ -89,7 +94,7 @@ def gradients(x, dy, dmean, dvar, scale=None, axis=-1, epsilon=1e-5, mask=None) 
         to_rows(dy, x.shape, axis),
         to_rows(1 if mask is None else mask, x.shape, axis),
         *(
-            np.ravel(np.broadcast_to(v, shape))
+            np.ravel(np.broadcast_to(np.asarray(v, np.float64), shape))
             for v in (1 if scale is None else scale, dmean, dvar, *seen)
         ),
         strict=True,
@@ -99,8 +104,8 @@ def gradients(x, dy, dmean, dvar, scale=None, axis=-1, epsilon=1e-5, mask=None) 
         std = math.sqrt(var + epsilon)
         to_mean = w / count if count else np.zeros_like(w)
         to_var = 2 * to_mean * (row - mean)
-        jacobian = s / std * (np.eye(row.size) - to_mean)
-        jacobian -= s / (2 * std**3) * np.outer(row - mean, to_var)
+        jacobian = s / std * (np.eye(row.size) - to_mean * ("mean" in through))
+        jacobian -= s / (2 * std**3) * np.outer(row - mean, to_var) * ("var" in through)
         dx.append(g @ jacobian + g_mean * to_mean + g_var * to_var)
         dscale.append(g @ (row - mean) / std)
         dbias.append(g.sum())
@@ -117,6 +122,33 @@ def ema(old, new, momentum, count) -> np.ndarray:
     """momentum old + (1 - momentum) new, and old where nothing was counted."""
     old, new = np.asarray(old, np.float64), np.asarray(new, np.float64)
     return np.where(np.asarray(count) > 0, momentum * old + (1 - momentum) * new, old)
+
+
+def debiased_ema(start, batches, counts, momentum) -> np.ndarray:
+    """sum_i momentum^(t-i) batch_i / sum_i momentum^(t-i), `start` where nothing was seen.
+
+    Haiku's hidden / (1 - momentum^t) without its difference; t counts the batches that had
+    elements of the feature.
+    """
+    total, weight = np.zeros_like(start), np.zeros_like(start)
+    for batch, count in zip(batches, counts, strict=True):
+        seen = np.asarray(count) > 0
+        total = np.where(seen, momentum * total + batch, total)
+        weight = np.where(seen, momentum * weight + 1, weight)
+    return np.where(weight > 0, total / np.maximum(weight, 1), start)
+
+
+def cumulative_mean(start, batches, counts) -> np.ndarray:
+    """The mean over the batches that had elements of the feature; `start` where none had."""
+    seen = np.stack([np.broadcast_to(count, start.shape) > 0 for count in counts])
+    t = np.sum(seen, axis=0)
+    total = np.sum(np.where(seen, batches, 0), axis=0)
+    return np.where(t > 0, total / np.maximum(t, 1), start)
+
+
+def unbiased(var, count) -> np.ndarray:
+    """n/(n-1) var, and 0 for n <= 1."""
+    return np.where(count > 1, count * var / np.where(count > 1, count - 1, 1), 0)
 
 
 def merge(*parts: Moments) -> Moments:
@@ -138,3 +170,47 @@ def replicas(x, axis=-1, mask=None, groups=None) -> list[Moments]:
         for i in group:
             found[i] = moments(x[list(group)], axes, mask[list(group)])
     return found
+
+
+class Parts(NamedTuple):
+    """Examples that are normalised by themselves, each part of them.
+
+    Attributes:
+      of: the number of the part of each example; examples lie along the first axis that is
+        not a feature axis.
+      number: of parts, empty ones included.
+    """
+
+    of: np.ndarray
+    number: int
+
+    def masks(self, shape, axis, mask=None):
+        """For each part what is inside it, and the mask of the whole batch within it."""
+        kept = [a % len(shape) for a in np.atleast_1d(axis)]
+        first = next(a for a in range(len(shape)) if a not in kept)
+        of = np.reshape(self.of, [-1 if a == first else 1 for a in range(len(shape))])
+        for part in range(self.number):
+            inside = np.broadcast_to(of == part, shape)
+            yield inside, inside * (1.0 if mask is None else mask)
+
+
+def batch_norm_of_parts(x, parts, scale, bias, axis=-1, epsilon=1e-5, mask=None):
+    """`(y, Moments)` with Moments, scale and bias `[parts, features]`."""
+    y, found = np.full(np.shape(x), np.nan), []
+    masks = parts.masks(y.shape, axis, mask)
+    for (inside, within), s, b in zip(masks, scale, bias, strict=True):
+        own, seen = batch_norm(x, s, b, axis, epsilon, within)
+        y = np.where(inside, own, y)
+        found.append(seen)
+    return y, Moments(*map(np.stack, zip(*found, strict=True)))
+
+
+def gradients_of_parts(x, parts, dy, dmean, dvar, scale, axis=-1, epsilon=1e-5, mask=None):
+    """`Gradients`, of which scale and bias are `[parts, features]`."""
+    masks = parts.masks(np.shape(x), axis, mask)
+    found = [
+        gradients(x, np.where(inside, dy, 0), *own, axis, epsilon, within)
+        for (inside, within), *own in zip(masks, dmean, dvar, scale, strict=True)
+    ]
+    dx, dscale, dbias, depsilon = zip(*found, strict=True)
+    return Gradients(sum(dx), np.stack(dscale), np.stack(dbias), sum(depsilon))

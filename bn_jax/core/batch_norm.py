@@ -45,7 +45,7 @@ def batch_norm(
 
     (Ioffe & Szegedy 2015, Algorithm 1.) Its derivative is the closed form of
     `bn_jax.core.backward`, to which the mask is a constant; forward mode, reverse mode and
-    their compositions to any order work.
+    their compositions to any order work. (Over an axis of `vmap` it is autodiff's.)
 
     Args:
       x: floating-point or complex array; the statistics are over every axis but `axis`.
@@ -103,7 +103,11 @@ def normalize_batch(
     wide = widen(x, axis, scale=scale, bias=bias)
     at = Arguments(x, weights(x, mask), *wide, jnp.asarray(epsilon, real_dtype(x)))
     static = _Static(_hashable(axis), axis_name, _hashable(axis_index_groups), activation)
-    y = _normalize(static, _varying_alike(at), batch)
+    if axis_name is None or _sync.on_devices(axis_name):
+        y = _normalize(static, _varying_alike(at), batch)
+    else:
+        # Of a jitted vmap JAX runs custom rules when the name of its axis is gone.
+        y = _by_autodiff(static, at, batch)
     return y.astype(result_type(x, scale, bias))
 
 
@@ -182,6 +186,16 @@ def _linear(static, at, batch):
     mean, var = widen(at.x, static.axis, mean=batch.mean, var=batch.var)
     x = at.x.astype(accumulation_dtype(at.x))
     return _affine(x, mean, var, at.scale, at.bias, at.epsilon)
+
+
+def _by_autodiff(static, at, batch):
+    x = at.x
+    if at.w is None:
+        return _activated(static.activation, _linear(static, at, batch))
+    # Padding may hold NaN, of which the cotangent is 0: their product must not reach mean.
+    fine = (at.w > 0) | jnp.isfinite(x)
+    y = _linear(static, at._replace(x=jnp.where(fine, x, 0)), batch)
+    return _activated(static.activation, jnp.where(fine, y, jnp.nan))
 
 
 def _tangent(static, at, batch, d):

@@ -35,8 +35,8 @@ def domain_batch_norm(
 ) -> tuple[jax.Array, Moments]:
     """`batch_norm` of the examples of every domain by themselves.
 
-    x is read as often as by `batch_norm`, however many domains there are: their moments
-    merge from those of each example.
+    The work does not grow with the number of domains: their moments merge from those of
+    each example.
 
     Args:
       x, axis, epsilon, mask, axis_name, sync: as in `batch_norm`; examples lie along the

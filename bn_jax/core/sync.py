@@ -104,6 +104,12 @@ def all_reduce(tree, axis_name: Hashable, axis_index_groups: Groups = None):
     return unravel(lax.psum(slots, axis_name)[mine])
 
 
+def on_devices(axis_name: Hashable) -> bool:
+    """Whether the axis is of `pmap` or `shard_map`, and not of `vmap`."""
+    names = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
+    return set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def _over_first(v):
     return jnp.sum(v, axis=0, keepdims=True)
 
@@ -124,7 +130,5 @@ def _group_of_each(groups, size):
 
 def _has_grouped_psum(axis_name, groups) -> bool:
     """An axis of `pmap` or of `shard_map(check_vma=False)`, and groups of one size."""
-    names = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
-    on_devices = set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
     checks_varying = jax.typeof(lax.axis_index(axis_name)).manual_axis_type.varying
-    return on_devices and not checks_varying and len({*map(len, groups)}) == 1
+    return on_devices(axis_name) and not checks_varying and len({*map(len, groups)}) == 1
