@@ -4,6 +4,6 @@ A model is a `flax.linen.Module` with its variables, or an `nnx.GraphDef` with i
 every operation is a function from variables to variables.
 """
 
-from bn_jax.surgery.recalibrate import recalibrate
+from bn_jax.surgery.recalibrate import recalibrate, reset
 
-__all__ = ["recalibrate"]
+__all__ = ["recalibrate", "reset"]

@@ -108,3 +108,19 @@ def _peek(batches):
 
 def _inputs(batch):
     return batch if isinstance(batch, tuple) else (batch,)
+
+
+def reset(model: nn.Module | nnx.GraphDef, variables: Any, *inputs: Any, **call: Any) -> Any:
+    """The variables with every BatchNorm's mean at 0, variance at 1 and count of updates at 0.
+
+    Args:
+      model, variables: see `bn_jax.surgery`.
+      *inputs, **call: what the model is called with, to find its layers; shapes are enough
+        (`jax.ShapeDtypeStruct`).
+    """
+    start = {"mean": jnp.zeros_like, "var": jnp.ones_like, "count": jnp.zeros_like}
+    new = {}
+    for path in layer_paths(model, variables, *inputs, **call):
+        stats = get_stats(variables, path)
+        new[path] = {name: start[name](v) for name, v in stats.items()}
+    return set_stats(variables, new)

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 import bn_jax.linen
 import bn_jax.nnx
 from bn_jax.core.population import algorithm_2, pooled
-from bn_jax.surgery import recalibrate
+from bn_jax.surgery import recalibrate, reset
 
 RNG = np.random.default_rng(0)
 X = (3 * RNG.normal(size=(24, 3)) + 1).astype(np.float32)
@@ -129,6 +129,33 @@ def test_nothing_else_changes(build, norm):
     names = {p[-2].key if isinstance(variables, nnx.State) else p[-1].key for p in moved}
     assert names <= {"mean", "var", "count"}
     assert len(moved) >= 2 * len(paths)
+
+
+@each_subject
+def test_reset(build, norm):
+    model, variables, call, _, _ = build(norm)
+    moved = recalibrate(model, variables, BATCHES, **call)
+    got = reset(model, moved, jax.ShapeDtypeStruct(X.shape, X.dtype), **call)
+    jax.tree.map(np.testing.assert_array_equal, got, variables)
+
+
+def test_averaged_weights():
+    """Of two models with opposite biases the average has none: neither's statistics fit it."""
+    model, variables, call, kernels, _ = linen(bn_jax.linen.BatchNorm)
+    moved = [
+        {
+            **variables,
+            "params": jax.tree.map(lambda p, s=sign: p + s * 0.5, variables["params"]),
+        }
+        for sign in (-1, 1)
+    ]
+    average = jax.tree.map(lambda *p: sum(p) / 2, *(v["params"] for v in moved))
+    got = recalibrate(model, {**moved[0], "params": average}, BATCHES, **call)
+    for path, (mean, var) in zip(
+        (("first",), ("second",)), reference(kernels, pooled, False), strict=True
+    ):
+        np.testing.assert_allclose(stats_at(got, path)["mean"], mean, 1e-4, 1e-5)
+        np.testing.assert_allclose(stats_at(got, path)["var"], var, 1e-4)
 
 
 def test_a_batch_over_devices_is_one_batch(make_mesh):
