@@ -147,7 +147,7 @@ class BatchNorm(nnx.Module):
         )  # fmt: skip
         if update_stats and not use_running_average:
             for name, v in variables.items():
-                v[...] = getattr(stats, name)
+                v.set_value(getattr(stats, name))
         return y
 
     def set_view(self, use_running_average: bool | None = None):

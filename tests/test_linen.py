@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
+from orbax.checkpoint import StandardCheckpointer
 
-from bn_jax.core.batch_norm import batch_norm, normalize
-from bn_jax.core.running import BatchStats, ema
+from bn_jax.core.running import debiased_ema
 from bn_jax.linen import BatchNorm
 
 FlaxBatchNorm = functools.partial(nn.BatchNorm, use_fast_variance=False)
@@ -78,27 +77,33 @@ def test_fields_are_those_of_flax():
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("x_dtype", "fields"),
     [
-        {},
-        {"axis": 1},
-        {"axis": (-1, 1)},
-        {"axis": [3, 0, 2]},
-        {"axis": (0, 1, 2, 3)},
-        {"epsilon": 0.5},
-        {"use_bias": False},
-        {"use_scale": False},
-        {"use_bias": False, "use_scale": False},
-        {"dtype": jnp.bfloat16},
-        {"dtype": jnp.float16, "param_dtype": jnp.bfloat16},
-        {"param_dtype": jnp.float16},
-        {"scale_init": nn.initializers.normal(), "bias_init": nn.initializers.constant(2)},
-        {"axis_name": "batch", "axis_index_groups": [[0, 1]]},
+        ("float32", {}),
+        ("bfloat16", {}),
+        ("float32", {"axis": 1}),
+        ("float32", {"axis": (-1, 1)}),
+        ("float32", {"axis": [3, 0, 2]}),
+        ("float32", {"axis": (0, 1, 2, 3)}),
+        ("float32", {"epsilon": 0.5}),
+        ("float32", {"use_bias": False}),
+        ("float32", {"use_scale": False}),
+        ("float32", {"use_bias": False, "use_scale": False}),
+        ("float32", {"dtype": jnp.bfloat16}),
+        ("float32", {"dtype": jnp.float16, "param_dtype": jnp.bfloat16}),
+        ("bfloat16", {"dtype": jnp.float16, "param_dtype": jnp.bfloat16}),
+        ("float32", {"param_dtype": jnp.float16}),
+        ("bfloat16", {"param_dtype": jnp.float16}),
+        (
+            "float32",
+            {"scale_init": nn.initializers.normal(), "bias_init": nn.initializers.constant(2)},
+        ),
+        ("float32", {"axis_name": "batch", "axis_index_groups": [[0, 1]]}),
     ],
-    ids=lambda fields: " ".join(fields),  # of values that are functions str is an address
+    # Of values that are functions str is an address.
+    ids=lambda v: v if isinstance(v, str) else " ".join(v),
 )
-@pytest.mark.parametrize("x_dtype", [jnp.float32, jnp.bfloat16])
-def test_variables_and_outputs_are_those_of_flax(fields, x_dtype):
+def test_variables_and_outputs_are_those_of_flax(x_dtype, fields):
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 4, 5)), x_dtype)
     both = []
     for norm in (BatchNorm, FlaxBatchNorm):
@@ -114,74 +119,42 @@ def test_variables_and_outputs_are_those_of_flax(fields, x_dtype):
     assert_trees_close(values, flax_values, 1e-2 if half else 1e-5)
 
 
+@functools.cache
+def trained_in_flax():
+    return trained(FlaxBatchNorm, Net(FlaxBatchNorm).init(KEY, data()[0], train=True))
+
+
 def test_trains_like_flax():
-    variables = Net(FlaxBatchNorm).init(KEY, data()[0], train=True)
-    flax_variables, flax_y = trained(FlaxBatchNorm, variables)
-    assert_trees_close(trained(BatchNorm, variables), (flax_variables, flax_y))
-    # A Flax checkpoint, in both modes.
+    variables = Net(BatchNorm).init(KEY, data()[0], train=True)
+    assert_trees_close(trained(BatchNorm, variables), trained_in_flax())
+
+
+def test_a_flax_checkpoint_restored(tmp_path):
     x, _ = data()
-    net, flax_net = Net(BatchNorm), Net(FlaxBatchNorm)
-    np.testing.assert_allclose(net.apply(flax_variables, x, train=False), flax_y, 1e-6, 1e-6)
+    net, (saved, evaluated) = Net(BatchNorm), trained_in_flax()
+    with StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "flax", saved)
+        checkpointer.wait_until_finished()
+        like = jax.eval_shape(functools.partial(net.init, train=True), KEY, x)
+        restored = checkpointer.restore(tmp_path / "flax", like)
+    np.testing.assert_array_equal(net.apply(restored, x, train=False), evaluated)
     arguments = {"train": True, "mutable": ["batch_stats"]}
-    want = flax_net.apply(flax_variables, x, **arguments)
-    assert_trees_close(net.apply(flax_variables, x, **arguments), want)
+    want = Net(FlaxBatchNorm).apply(saved, x, **arguments)
+    assert_trees_close(net.apply(restored, x, **arguments), want, 1e-6)
 
 
-def test_trains_like_torch():
-    torch = pytest.importorskip("torch")
-    (x, target), steps = data(), 20
-    variables = Net(BatchNorm).init(KEY, x, train=True)
-    dense, relu = torch.nn.Linear, torch.nn.ReLU()
-    net = torch.nn.Sequential(dense(8, 16), torch.nn.BatchNorm1d(16), relu, dense(16, 1))
-    with torch.no_grad():
-        for layer, name in [(net[0], "Dense_0"), (net[3], "Dense_1")]:
-            given = variables["params"][name]
-            layer.weight.copy_(torch.tensor(np.array(given["kernel"].T)))
-            layer.bias.copy_(torch.tensor(np.array(given["bias"])))
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        torch.mean((net(torch.tensor(x)) - torch.tensor(target)) ** 2).backward()
-        optimizer.step()
-    variables, _ = trained(BatchNorm, variables, steps)
-    stats = variables["batch_stats"]["BatchNorm_0"]
-    np.testing.assert_allclose(stats["mean"], net[1].running_mean, 1e-5, 1e-5)
-    # torch averages n/(n-1) var; both started at 1, of which .9^steps is left.
-    rest, n = 0.9**steps, len(x)
-    stats["var"] = rest + (stats["var"] - rest) * n / (n - 1)
-    np.testing.assert_allclose(stats["var"], net[1].running_var, 1e-5, 1e-5)
-    got = Net(BatchNorm).apply(variables, x, train=False)
-    np.testing.assert_allclose(got, net.eval()(torch.tensor(x)).detach(), 1e-5, 1e-5)
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_flax_checkpoint_has_no_count_for_an_estimator_that_wants_one(is_training):
+    net = Net(functools.partial(BatchNorm, estimator=debiased_ema))
+    with pytest.raises(ValueError, match="no count in batch_stats for BatchNorm_0"):
+        net.apply(trained_in_flax()[0], data()[0], train=is_training, mutable=["batch_stats"])
 
 
-def test_core_is_torchs_batch_norm_2d():
-    torch = pytest.importorskip("torch")
-    layer = torch.nn.BatchNorm2d(3, momentum=0.2, eps=1e-3)
-    rng = np.random.default_rng(0)
-    scale, bias = rng.normal(size=(2, 3)).astype(np.float32)
-    with torch.no_grad():
-        layer.weight.copy_(torch.tensor(scale))
-        layer.bias.copy_(torch.tensor(bias))
-    stats = BatchStats.create((3,))
-    given = {"axis": 1, "epsilon": 1e-3}
-    for _ in range(4):
-        x, dy = (rng.normal(size=(2, 2, 3, 4, 5)) + 5).astype(np.float32)
-        x_torch = torch.tensor(x, requires_grad=True)
-        layer.zero_grad()
-        y_torch = layer(x_torch)
-        y_torch.backward(torch.tensor(dy))
-        y, vjp, seen = jax.vjp(
-            functools.partial(batch_norm, **given), x, scale, bias, has_aux=True
-        )
-        stats = ema(stats, seen, momentum=0.8, unbiased=True)
-        wanted = y_torch.detach(), x_torch.grad, layer.weight.grad, layer.bias.grad
-        for got, want in zip((y, *vjp(dy)), wanted, strict=True):
-            np.testing.assert_allclose(got, want, 1e-4, 1e-4)
-    np.testing.assert_allclose(stats.mean, layer.running_mean, 1e-6, 1e-6)
-    np.testing.assert_allclose(stats.var, layer.running_var, 1e-6, 1e-6)
-    got = normalize(x, stats.mean, stats.var, scale, bias, **given)
-    want = layer.eval()(torch.tensor(x)).detach()
-    np.testing.assert_allclose(got, want, 1e-5, 1e-5)
+def test_nothing_need_be_mutable_where_the_statistics_stay():
+    x, _ = data()
+    module, variables = initialised(x)
+    y = module.apply(variables, x, use_running_average=False, update_stats=False)
+    np.testing.assert_array_equal(y, train(module, variables, x)[0])
 
 
 @pytest.mark.parametrize("norm", [BatchNorm, nn.BatchNorm])
@@ -201,94 +174,6 @@ def test_missing_statistics_are_refused(use_running_average, missing):
         module.apply(variables, jnp.ones((4, 3)), use_running_average, mutable=["batch_stats"])
 
 
-@pytest.mark.parametrize("name", ["mean", "var"])
-@pytest.mark.parametrize("use_running_average", [True, False])
-def test_statistics_of_another_shape_are_refused(name, use_running_average):
-    module, variables = initialised()
-    variables["batch_stats"][name] = jnp.ones(1)
-    with pytest.raises(ValueError, match=rf"{name} of shape \(1,\)"):
-        module.apply(variables, jnp.ones((4, 3)), use_running_average, mutable=["batch_stats"])
-
-
-def test_updates_by_the_formula_and_only_in_training():
-    x, _ = data()
-    module, variables = initialised(x, momentum=0.7)
-    zeros, ones = np.zeros(8, np.float32), np.ones(8, np.float32)
-    assert_trees_close(variables["batch_stats"], {"mean": zeros, "var": ones}, 0)
-    _, updates = train(module, variables, x)
-    seen = reference.moments(x)
-    want = {
-        "mean": reference.ema(zeros, seen.mean, 0.7, 32),
-        "var": reference.ema(ones, seen.var, 0.7, 32),
-    }
-    assert_trees_close(updates["batch_stats"], want)
-    _, updates = module.apply(variables, x, True, mutable=["batch_stats"])
-    assert_trees_close(updates["batch_stats"], variables["batch_stats"], 0)
-
-
-def test_mask():
-    x, mask = data()[0], np.arange(32)[:, None] < 20
-    module, variables = initialised(x)
-    y, updates = train(module, variables, np.where(mask, x, np.nan), mask=mask)
-    want, want_updates = train(module, variables, x[:20])
-    assert_trees_close((y[:20], updates), (want, want_updates))
-    with pytest.raises(ValueError, match="mask"):
-        train(module, variables, x[:8], mask=np.ones(8))
-    _, updates = train(module, variables, x, mask=np.zeros((32, 1)))
-    assert_trees_close(updates["batch_stats"], variables["batch_stats"], 0)
-
-
-def masked_replicas():
-    masks = np.arange(8)[None, :, None] < np.reshape([5, 3, 0, 8], (4, 1, 1))
-    return data()[0].reshape(4, 8, 8), masks
-
-
-@pytest.mark.parametrize("groups", [None, [[0, 3], [1, 2]]])
-def test_replicas_share_statistics_weighted_by_their_masks(groups):
-    x, masks = masked_replicas()
-    module, variables = initialised(x[0], axis_name="batch", axis_index_groups=groups)
-    one = functools.partial(train, module, variables)
-    y, updates = jax.pmap(lambda x, mask: one(x, mask=mask), axis_name="batch")(x, masks)
-    for group in groups or [[0, 1, 2, 3]]:
-        together, mask = x[group].reshape(-1, 8), masks[group].reshape(-1, 1)
-        want_y, want = train(BatchNorm(), variables, together, mask=mask)
-        np.testing.assert_allclose(y[np.array(group)].reshape(-1, 8), want_y, 1e-5, 1e-5)
-        for i in group:
-            assert_trees_close(jax.tree.map(lambda v, i=i: v[i], updates), want)
-
-
-def test_vmapped_replicas_leave_one_set_of_statistics():
-    x, masks = masked_replicas()
-    module, variables = initialised(x[0], axis_name="batch")
-    one = functools.partial(train, module, variables)
-    # out_axes=None is refused of what vmap takes for a value of each replica.
-    mapped = jax.vmap(lambda x, m: one(x, mask=m), axis_name="batch", out_axes=(0, None))
-    y, updates = mapped(x, masks)
-    x, masks = x.reshape(-1, 8), masks.reshape(-1, 1)
-    assert_trees_close(
-        (y.reshape(-1, 8), updates), train(BatchNorm(), variables, x, mask=masks)
-    )
-
-
-def test_bfloat16_costs_the_statistics_nothing():
-    x = jnp.asarray(np.random.default_rng(0).normal(100, 1, (512, 4)), jnp.bfloat16)
-    module, variables = initialised(x, dtype=jnp.bfloat16, momentum=0.0)
-    y, updates = train(module, variables, x)
-    seen = reference.moments(np.float64(x))
-    assert y.dtype == jnp.bfloat16
-    assert updates["batch_stats"]["mean"].dtype == jnp.float32
-    want = {"mean": seen.mean, "var": seen.var}
-    assert_trees_close(updates["batch_stats"], want, 1e-6)
-
-
-def test_float64_input_leaves_the_statistics_float32(x64):
-    x = np.float64(data()[0])
-    module, variables = initialised(x)
-    y, updates = train(module, variables, x)
-    assert y.dtype == jnp.float64
-    assert {v.dtype for v in jax.tree.leaves(updates)} == {jnp.dtype("float32")}
-
-
 def test_traced_momentum_and_epsilon():
     x, _ = data()
     _, variables = initialised(x)
@@ -303,44 +188,13 @@ def test_traced_momentum_and_epsilon():
 
 
 def test_seeds_vmapped():
-    x, target = data()
-    net = Net(BatchNorm)
+    x, _ = data()
+    module = BatchNorm(scale_init=nn.initializers.normal())
 
-    @jax.jit
     def run(key):
-        return sgd_step(net, net.init(key, x, train=True), x, target)
+        return train(module, module.init(key, x, False), x)
 
     keys = jax.random.split(KEY, 3)
-    stacked = jax.vmap(run)(keys)
+    stacked = jax.jit(jax.vmap(run))(keys)
     for i in range(3):
         assert_trees_close(jax.tree.map(lambda v, i=i: v[i], stacked), run(keys[i]))
-
-
-def test_steps_scanned():
-    x, target = data()
-    net = Net(BatchNorm)
-    variables = net.init(KEY, x, train=True)
-
-    @jax.jit
-    def run(variables):
-        def step(variables, _):
-            return sgd_step(net, variables, x, target), None
-
-        return jax.lax.scan(step, variables, length=20)[0]
-
-    assert_trees_close(run(variables), trained(BatchNorm, variables)[0])
-
-
-def test_remat_moves_the_statistics_once():
-    x, target = data()
-    variables = Net(BatchNorm).init(KEY, x, train=True)
-    name = "CheckpointBatchNorm_0"
-    renamed = {
-        kind: {name if key == "BatchNorm_0" else key: v for key, v in tree.items()}
-        for kind, tree in variables.items()
-    }
-    got = jax.jit(functools.partial(sgd_step, Net(nn.remat(BatchNorm))))(renamed, x, target)
-    want = sgd_step(Net(BatchNorm), variables, x, target)
-    assert_trees_close(got["batch_stats"][name], want["batch_stats"]["BatchNorm_0"])
-    assert_trees_close(got["params"][name], want["params"]["BatchNorm_0"])
-    assert_trees_close(got["params"]["Dense_0"], want["params"]["Dense_0"])

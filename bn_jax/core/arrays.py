@@ -115,3 +115,19 @@ def element_count(x: jax.Array, reduced: tuple[int, ...], w: jax.Array | None) -
     count = repeats * jnp.sum(w, axis=reduced)
     kept = tuple(s for a, s in enumerate(x.shape) if a not in reduced)
     return count.reshape(()) if count.size == 1 else jnp.broadcast_to(count, kept)
+
+
+def varying(tree) -> frozenset:
+    """The axes of `shard_map(check_vma=True)` over which any array of the tree varies."""
+    axes = (jax.typeof(v).manual_axis_type.varying for v in jax.tree.leaves(tree))
+    return frozenset().union(*axes)
+
+
+def vary(tree, names: frozenset):
+    """The tree, varying over these axes as well."""
+
+    def one(v):
+        missing = tuple(names - varying(v))
+        return lax.pcast(v, missing, to="varying") if missing else v
+
+    return jax.tree.map(one, tree)

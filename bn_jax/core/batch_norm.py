@@ -18,6 +18,8 @@ from bn_jax.core.arrays import (
     accumulation_dtype,
     real_dtype,
     split_axes,
+    vary,
+    varying,
     weights,
     widen,
 )
@@ -223,23 +225,13 @@ def _varying_alike(tree):
     Only under `shard_map(check_vma=True)`, where it tells JAX that a replicated value is
     from here on each device's own, so that its cotangent is summed over the devices.
     """
-    names = frozenset().union(*map(_varying, jax.tree.leaves(tree)))
-    return jax.tree.map(functools.partial(_vary, names), tree)
+    return vary(tree, varying(tree))
 
 
 def _vary_like(x, tree):
     """Made to vary as one array: the transpose, an all-reduce, is one as well."""
     flat, unravel = ravel_pytree(tree)
-    return unravel(_vary(_varying(x), flat))
-
-
-def _vary(names, v):
-    missing = tuple(names - _varying(v))
-    return lax.pcast(v, missing, to="varying") if missing else v
-
-
-def _varying(v):
-    return jax.typeof(v).manual_axis_type.varying
+    return unravel(vary(flat, varying(x)))
 
 
 def refuse_single(shape, axis, axis_name=None, groups=None) -> None:

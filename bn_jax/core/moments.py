@@ -136,11 +136,13 @@ def _sample_mean(x, reduced):
     data and their order (Cauchy-Schwarz), so that square - error^2 loses no more than a
     factor of 257 of float32's precision.
     """
-    left = max(1, min(256, math.prod(x.shape[a] for a in reduced) // 16))
+    elements = math.prod(x.shape[a] for a in reduced)
     strides = [1] * x.ndim
+    # A size that is not known yet (`jax.export`) has no stride: all of x is taken.
+    left = max(1, min(256, elements // 16)) if isinstance(elements, int) else 1
     # An axis that is sharded under an explicit mesh cannot be sliced: all of it is taken.
     sharded = jax.typeof(x).sharding.spec
-    for a in (a for a in reversed(reduced) if sharded[a] is None):
+    for a in (a for a in reversed(reduced) if left > 1 and sharded[a] is None):
         strides[a] = max(1, min(x.shape[a], left))
         left //= strides[a]
     sample = lax.slice(x, (0,) * x.ndim, x.shape, strides)

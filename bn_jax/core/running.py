@@ -17,7 +17,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
+from bn_jax.core.arrays import vary, varying
 from bn_jax.core.moments import Moments
 
 
@@ -123,7 +125,14 @@ def each(
     def one(stats, moments):
         return estimator(stats, moments), None
 
-    return lax.scan(one, stats, groups)[0]
+    # What a scan asks of its arguments under shard_map and under an explicit mesh.
+    stats = vary(stats, varying(groups))
+    return lax.scan(one, stats, jax.tree.map(_whole_first_axis, groups))[0]
+
+
+def _whole_first_axis(v):
+    first, *others = jax.typeof(v).sharding.spec
+    return v if first is None else jax.sharding.reshard(v, PartitionSpec(None, *others))
 
 
 def _update_number(stats):

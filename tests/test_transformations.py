@@ -1,0 +1,502 @@
+"""One training step of a small network under every transformation of JAX: the same numbers.
+
+The wanted ones are of `equations`: the definitions, in float64 and derived by JAX.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from flax import nnx
+from jax import export, lax
+from jax.experimental.compilation_cache import compilation_cache
+from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import bn_jax
+import bn_jax.linen
+import bn_jax.nnx
+from bn_jax.core.running import BatchStats, each
+
+STEPS, EXAMPLES, INPUTS, FEATURES, GROUP, DEVICES, SEEDS = 3, 16, 3, 4, 8, 4, 4
+KINDS = {
+    "BatchNorm": (bn_jax.batch_norm, {}),
+    "GhostBatchNorm": (bn_jax.ghost_batch_norm, {"group_size": GROUP}),
+    "BatchRenorm": (
+        bn_jax.batch_renorm,
+        {"r_max": lambda count: 1.0 + count, "d_max": lambda count: count / 2},
+    ),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+every_home = pytest.mark.parametrize("home", ["functions", "linen", "nnx"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Functions, Linen and NNX lower to the same programs, which are compiled for one."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
+
+
+# Each makes norm(x, params, stats, train) -> (y, stats), with dicts of the layer's variables.
+def functions(kind, axis_name=None, remat=False):
+    update = functools.partial(bn_jax.ema, momentum=0.9)
+    update = functools.partial(each, update) if kind == "GhostBatchNorm" else update
+    function, fields = KINDS[kind]
+
+    def norm(x, params, stats, train):
+        before = BatchStats(**{"count": jnp.int32(0)} | stats)
+        if not train:
+            return bn_jax.normalize(x, before.mean, before.var, **params), stats
+        given = {"stats": before} if kind == "BatchRenorm" else {}
+        f = functools.partial(function, **fields, **given, axis_name=axis_name)
+        y, batch = (jax.checkpoint(f) if remat else f)(x, **params)
+        after = update(before, lax.stop_gradient(batch))
+        return y, {name: getattr(after, name) for name in stats}
+
+    return norm
+
+
+def linen(kind, axis_name=None, remat=False):
+    layer = getattr(bn_jax.linen, kind)
+    layer = nn.remat(layer, static_argnums=(2,)) if remat else layer
+    layer = layer(**KINDS[kind][1], momentum=0.9, axis_name=axis_name)
+
+    def norm(x, params, stats, train):
+        variables = {"params": params, "batch_stats": stats}
+        y, updated = layer.apply(variables, x, not train, mutable=["batch_stats"])
+        return y, updated["batch_stats"]
+
+    return norm
+
+
+def in_nnx(kind, axis_name=None, remat=False):
+    layer = getattr(bn_jax.nnx, kind)
+    layer = functools.partial(layer, FEATURES, **KINDS[kind][1], momentum=0.9)
+    layer = layer(axis_name=axis_name, rngs=nnx.Rngs(0))
+
+    def norm(x, params, stats, train):
+        own = nnx.clone(layer)
+        nnx.update(own, params | stats)
+
+        def call(own, x):
+            return own(x, not train)
+
+        y = (nnx.remat(call) if remat else call)(own, x)
+        return y, nnx.to_pure_dict(nnx.state(own, nnx.BatchStat))
+
+    return norm
+
+
+def equations(kind):
+    def norm(x, params, stats, train):
+        if not train:
+            y = (x - stats["mean"]) / jnp.sqrt(stats["var"] + 1e-5)
+            return params["scale"] * y + params["bias"], stats
+        groups = x.reshape(-1, GROUP if kind == "GhostBatchNorm" else len(x), x.shape[1])
+        mean, var = groups.mean(1), groups.var(1)
+        y, after = (groups - mean[:, None]) / jnp.sqrt(var + 1e-5)[:, None], dict(stats)
+        if kind == "BatchRenorm":
+            sigma, count = jnp.sqrt(stats["var"] + 1e-5), stats["count"]
+            r = jnp.clip(jnp.sqrt(var + 1e-5) / sigma, 1 / (1 + count), 1 + count)
+            d = jnp.clip((mean - stats["mean"]) / sigma, -count / 2, count / 2)
+            y, after["count"] = y * lax.stop_gradient(r) + lax.stop_gradient(d), count + 1
+        for m, v in zip(mean, var, strict=True):
+            after["mean"] = 0.9 * after["mean"] + 0.1 * m
+            after["var"] = 0.9 * after["var"] + 0.1 * v
+        return params["scale"] * y.reshape(x.shape) + params["bias"], after
+
+    return norm
+
+
+HOMES = {"functions": functions, "linen": linen, "nnx": in_nnx, "equations": equations}
+definitions = functools.partial(jax.numpy_rank_promotion, "allow")
+
+
+def network(norm, params, stats, x, train):
+    """`[examples, features]`, and the statistics."""
+    y, stats = norm(jnp.dot(x, params["kernel"]), params["norm"], stats, train)
+    return jnp.tanh(y), stats
+
+
+def loss(norm, params, stats, x, target):
+    """The part of the loss that these examples are, and the statistics."""
+    y, stats = network(norm, params, stats, x, train=True)
+    return jnp.sum((y - target) ** 2) / EXAMPLES, stats
+
+
+def build(home, kind, *, around=lambda f: f, total=lambda g: g, **options):
+    """step((params, stats), x, target) -> ((params, stats), outputs in evaluation)."""
+    norm = HOMES[home](kind, **options)
+
+    def step(state, x, target):
+        of_params = around(functools.partial(loss, norm))
+        gradients, stats = jax.grad(of_params, has_aux=True)(*state, x, target)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, state[0], total(gradients))
+        return (params, stats), network(norm, params, stats, x, train=False)[0]
+
+    return step
+
+
+def start(kind, seed=0):
+    def normal(i, *shape):
+        return jnp.asarray(np.random.default_rng((seed, i)).normal(size=shape), jnp.float32)
+
+    norm = {"scale": 1 + normal(0, FEATURES), "bias": normal(1, FEATURES)}
+    params = {"kernel": normal(2, INPUTS, FEATURES), "norm": norm}
+    stats = BatchStats.create((FEATURES,))._asdict()
+    if kind != "BatchRenorm":
+        del stats["count"]
+    return params, stats
+
+
+def data():
+    """x `[steps, examples, inputs]`, of another mean on every device, and targets."""
+    x = np.random.default_rng(0).normal(size=(STEPS, EXAMPLES, INPUTS))
+    x += np.arange(EXAMPLES).reshape(-1, 1) / GROUP
+    return np.float32(x), np.sin(x @ np.ones((INPUTS, FEATURES))).astype(np.float32)
+
+
+def loop(step, state):
+    for batch in zip(*data(), strict=True):
+        state, y = step(state, *batch)
+    return state, y
+
+
+def scan(step, state, batches):
+    """y of every step."""
+    return lax.scan(lambda state, batch: step(state, *batch), state, batches)
+
+
+@functools.cache
+def expected(kind):
+    """The states of all seeds, and the last step's y."""
+    with jax.enable_x64(True), definitions():
+        states = jax.tree.map(lambda *v: np.float64(v), *(start(kind, s) for s in range(SEEDS)))
+        run = jax.vmap(functools.partial(scan, build("equations", kind)), (0, None))
+        states, y = jax.jit(run)(states, jax.tree.map(np.float64, data()))
+        return jax.tree.map(np.asarray, (states, y[:, -1]))
+
+
+def described(tree):
+    return jax.tree.map(lambda v: (v.shape, v.dtype), tree)
+
+
+def assert_close(got, want, tolerance=1e-5):
+    compare = functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance)
+    jax.tree.map(compare, got, want)
+
+
+def mesh(kind=AxisType.Auto, **sizes):
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(kind,) * len(sizes))
+
+
+total = functools.partial(lax.psum, axis_name="batch")
+
+
+def donated(build, state):
+    state = jax.tree.map(jnp.copy, state)
+    result = loop(jax.jit(build(), donate_argnums=0), state)
+    assert all(v.is_deleted() for v in jax.tree.leaves(state))
+    return result
+
+
+def scanned(build, state, batches=None):
+    state, y = jax.jit(functools.partial(scan, build()))(state, batches or data())
+    return state, y[-1]
+
+
+def scanned_in_float64(build, state):
+    with jax.enable_x64(True):
+        state, y = scanned(build, state, jax.tree.map(np.float64, data()))
+    assert y.dtype == np.float64
+    return state, y
+
+
+def exported(build, state):
+    pytest.importorskip("flatbuffers")  # which serialize() imports and JAX does not require
+    program = export.export(jax.jit(build()))(state, *(v[0] for v in data()))
+    return loop(export.deserialize(program.serialize()).call, state)
+
+
+def vmap_of_examples(build, state):
+    """In batches of one; `test_model_of_a_single_example` is without the axis."""
+    step = build(axis_name="batch", total=total)
+    step = jax.vmap(step, (None, 0, 0), (None, 0), axis_name="batch")
+    state, y = loop(jax.jit(lambda state, *b: step(state, *(v[:, None] for v in b))), state)
+    return state, y[:, 0]
+
+
+def pmap(build, state):
+    mapped = jax.pmap(build(axis_name="batch", total=total), "batch", in_axes=(None, 0, 0))
+
+    def step(state, *batch):
+        states, y = mapped(state, *(v.reshape(DEVICES, -1, v.shape[1]) for v in batch))
+        states = jax.device_get(states)
+        state = jax.tree.map(lambda v: v[0], states)
+        for i in range(DEVICES):
+            assert_close(jax.tree.map(lambda v, i=i: v[i], states), state, 0)
+        return state, y.reshape(EXAMPLES, FEATURES)
+
+    return loop(step, state)
+
+
+def shard_map(step, **options):
+    specs = {"in_specs": (P(), P("batch"), P("batch")), "out_specs": (P(), P("batch"))}
+    return jax.jit(jax.shard_map(step, mesh=mesh(batch=DEVICES), **specs, **options))
+
+
+def sharded(build, state):
+    whole, parts = (NamedSharding(mesh(batch=DEVICES), spec) for spec in (P(), P("batch")))
+    shardings = {"in_shardings": (whole, parts, parts), "out_shardings": (whole, parts)}
+    return loop(jax.jit(build(), **shardings), state)
+
+
+def sharded_explicitly(build, state):
+    step = jax.jit(build())
+    # Not over 4 devices: two ghost batches of an explicitly sharded axis do not split so.
+    with jax.set_mesh(mesh(AxisType.Explicit, batch=EXAMPLES // GROUP)):
+        return loop(lambda s, *b: step(s, *(jax.device_put(v, P("batch")) for v in b)), state)
+
+
+# From a function that makes the step and the state to the last state and y.
+TRANSFORMATIONS = {
+    "plain": lambda build, state: loop(build(), state),
+    "jit": lambda build, state: loop(jax.jit(build()), state),
+    "donate_argnums": donated,
+    "checkpoint": lambda build, state: loop(jax.jit(build(around=jax.checkpoint)), state),
+    "remat of the layer": lambda build, state: loop(jax.jit(build(remat=True)), state),
+    "scan": scanned,
+    "scan over float64": scanned_in_float64,
+    "export": exported,
+    "vmap(axis_name)": vmap_of_examples,
+    "pmap": pmap,
+    "shard_map": lambda build, state: loop(shard_map(build(axis_name="batch")), state),
+    "shard_map check_vma=False": lambda build, state: loop(
+        shard_map(build(axis_name="batch", total=total), check_vma=False), state
+    ),
+    "NamedSharding": sharded,
+    "explicit sharding": sharded_explicitly,
+}
+
+
+@every_home
+@every_kind
+@pytest.mark.parametrize("transformation", TRANSFORMATIONS)
+def test_same_numbers(transformation, kind, home):
+    before = start(kind)
+    got = TRANSFORMATIONS[transformation](functools.partial(build, home, kind), before)
+    assert_close(got, jax.tree.map(lambda v: v[0], expected(kind)))
+    assert described(got[0]) == described(before)
+
+
+def vmap_of_vmap(build, states):
+    run = jax.vmap(jax.vmap(functools.partial(scan, build()), (0, None)), (0, None))
+    result = jax.jit(run)(
+        jax.tree.map(lambda v: v.reshape(2, -1, *v.shape[1:]), states), data()
+    )
+    return jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), result)
+
+
+def vmap_of_shard_map(build, states):
+    run = functools.partial(scan, build(axis_name="batch"))
+    specs = {"in_specs": (P(), P(None, "batch")), "out_specs": (P(), P(None, "batch"))}
+    run = jax.shard_map(run, mesh=mesh(batch=DEVICES), **specs)
+    return jax.jit(jax.vmap(run, (0, None)))(states, data())
+
+
+def shard_map_of_vmap(build, states):
+    """Seeds over one axis of devices, examples over another."""
+    run = jax.vmap(functools.partial(scan, build(axis_name="batch")), (0, None))
+    specs = {"in_specs": (P("seeds"), P(None, "batch"))}
+    specs["out_specs"] = P("seeds"), P("seeds", None, "batch")
+    return jax.jit(jax.shard_map(run, mesh=mesh(seeds=2, batch=DEVICES), **specs))(
+        states, data()
+    )
+
+
+@every_home
+@every_kind
+@pytest.mark.parametrize(
+    "transformation",
+    [vmap_of_vmap, vmap_of_shard_map, shard_map_of_vmap],
+    ids=lambda f: f.__name__,
+)
+def test_same_numbers_for_all_seeds(transformation, kind, home):
+    before = jax.tree.map(lambda *v: jnp.stack(v), *(start(kind, s) for s in range(SEEDS)))
+    states, y = transformation(functools.partial(build, home, kind), before)
+    assert_close((states, y[:, -1]), expected(kind))
+    assert described(states) == described(before)
+
+
+@functools.cache
+def derivatives(home, kind):
+    """Of the loss by parameters and examples, in both modes and their compositions."""
+    params, stats = start(kind)
+    if "count" in stats:
+        stats["count"] += 1  # so that there is something to correct
+    x, target = (np.float64(v[0]) for v in data())
+    at, unravel = ravel_pytree((jax.tree.map(np.float64, params), x))
+    along, norm = jnp.cos(at), HOMES[home](kind)
+
+    def f(v):
+        params, x = unravel(v)
+        return loss(norm, params, stats, x, target)[0]
+
+    def all_of_them(at):
+        return {
+            "linearize": jax.linearize(f, at)[1](along),
+            "grad of grad": jax.grad(lambda v: jnp.sum(jnp.sin(jax.grad(f)(v))))(at),
+            "grad of jvp": jax.grad(lambda v: jax.jvp(f, (v,), (along,))[1])(at),
+            "hessian": jax.hessian(f)(at),
+        }
+
+    # Compiling this optimised takes twice as long.
+    return jax.jit(all_of_them, compiler_options={"xla_backend_optimization_level": 0})(at)
+
+
+@every_home
+@every_kind
+def test_derivatives(kind, home, x64):
+    got = derivatives(home, kind)
+    with definitions():
+        want = derivatives("equations", kind)
+    for name in want:
+        np.testing.assert_allclose(got[name], want[name], 1e-8, 1e-8, err_msg=name)
+
+
+@every_home
+@every_kind
+def test_eval_shape_computes_nothing(kind, home):
+    n, state = 10**12, start(kind)
+    x, target = (jax.ShapeDtypeStruct((n, size), jnp.bfloat16) for size in (INPUTS, FEATURES))
+    after, y = jax.eval_shape(build(home, kind), state, x, target)
+    assert described(after) == described(state)
+    assert (y.shape, y.dtype) == ((n, FEATURES), jnp.float32)
+
+
+# Of a symbolic size the number of ghost batches is not known.
+@every_home
+@pytest.mark.parametrize(
+    ("kind", "train"),
+    [*((kind, False) for kind in KINDS), ("BatchNorm", True), ("BatchRenorm", True)],
+)
+def test_exported_for_any_batch_size(kind, train, home):
+    x, apply = data()[0][0], functools.partial(network, HOMES[home](kind), *start(kind))
+    apply = functools.partial(apply, train=train)
+    any_size = jax.ShapeDtypeStruct((*export.symbolic_shape("n"), INPUTS), x.dtype)
+    program = export.export(jax.jit(apply))(any_size)
+    for n in (2, EXAMPLES):
+        assert_close(program.call(x[:n]), apply(x[:n]), 1e-6)
+
+
+# Ghost batches need an axis of examples.
+@every_home
+@pytest.mark.parametrize("kind", ["BatchNorm", "BatchRenorm"])
+def test_model_of_a_single_example(kind, home):
+    (params, stats), (x, target) = start(kind), (v[0] for v in data())
+    one = functools.partial(loss, HOMES[home](kind, "batch"))
+
+    def over_examples(*arguments):
+        mapped = jax.vmap(one, (None, None, 0, 0), (0, None), axis_name="batch")
+        each_loss, stats = mapped(*arguments)
+        return jnp.sum(each_loss), stats
+
+    def derived(f):
+        f = jax.value_and_grad(f, (0, 2), has_aux=True)
+        return jax.jit(f)(params, stats, x, target)
+
+    got = derived(over_examples)
+    with definitions():
+        assert_close(got, derived(functools.partial(loss, equations(kind))))
+
+
+@every_kind
+@pytest.mark.parametrize("home", ["linen", "nnx"])
+def test_ensembles_by_the_lifted_vmap(kind, home):
+    """Layers that were made, and are trained, together; each has a batch of its own."""
+    x = np.random.default_rng(0).normal(1, 2, (3, EXAMPLES, FEATURES)).astype(np.float32)
+    layer, fields = getattr(getattr(bn_jax, home), kind), KINDS[kind][1] | {"momentum": 0.9}
+
+    def in_linen(x):
+        mapped = {"variable_axes": {"params": 0, "batch_stats": 0}, "in_axes": (0, None)}
+        members = nn.vmap(layer, **mapped, split_rngs={"params": True})(**fields)
+        variables = members.init(jax.random.key(0), x, False)
+        y, updated = members.apply(variables, x, False, mutable=["batch_stats"])
+        return y, updated["batch_stats"]
+
+    def in_nnx(x):
+        make = nnx.vmap(lambda rngs: layer(FEATURES, rngs=rngs, **fields))
+        members = nnx.split_rngs(splits=len(x))(make)(nnx.Rngs(0))
+        y = nnx.vmap(lambda member, x: member(x))(members, x)
+        return y, nnx.to_pure_dict(nnx.state(members, nnx.BatchStat))
+
+    def defined(x):
+        params = {"scale": jnp.ones(FEATURES), "bias": jnp.zeros(FEATURES)}
+        return jax.vmap(lambda x: equations(kind)(x, params, start(kind)[1], True))(x)
+
+    got = jax.jit(in_linen if home == "linen" else in_nnx)(x)
+    with definitions():
+        assert_close(got, jax.jit(defined)(x))
+
+
+# The transformation of https://github.com/google/flax/issues/4760.
+@pytest.mark.parametrize("kind", ["BatchNorm", "BatchRenorm"])
+def test_nnx_vmap_over_the_examples_of_one_model(kind):
+    params, stats = start(kind)
+    fields = KINDS[kind][1] | {"momentum": 0.9, "axis_name": "batch", "rngs": nnx.Rngs(0)}
+    layer, x = getattr(bn_jax.nnx, kind)(FEATURES, **fields), data()[0][0] @ params["kernel"]
+    nnx.update(layer, params["norm"])
+    y = nnx.vmap(lambda layer, x: layer(x), in_axes=(None, 0), axis_name="batch")(layer, x)
+    after = nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat))
+    with definitions():
+        assert_close((y, after), equations(kind)(x, params["norm"], stats, True))
+
+
+def test_statistics_of_micro_batches():
+    x = np.random.default_rng(0).normal(3, 2, (4, 8, FEATURES)).astype(np.float32)
+    mask = np.arange(8).reshape(1, 8, 1) < np.reshape([8, 3, 0, 5], (4, 1, 1))
+
+    def add(so_far, micro_batch):
+        x, mask = micro_batch
+        return bn_jax.merge(so_far, bn_jax.moments(x, mask=mask)), None
+
+    nothing = bn_jax.Moments(jnp.zeros(FEATURES), jnp.zeros(FEATURES), jnp.zeros(()))
+    accumulated, _ = lax.scan(add, nothing, (x, mask))
+    before = BatchStats.create((FEATURES,))
+    got, seen = bn_jax.ema(before, accumulated, unbiased=True), reference.moments(x, mask=mask)
+    assert_close(got.mean, reference.ema(0, seen.mean, 0.99, 16))
+    assert_close(got.var, reference.ema(1, seen.var * 16 / 15, 0.99, 16))
+    assert got.count == 1
+
+
+def test_unsynchronised_running_statistics_merge():
+    """Of replicas that see one batch each again and again, so that the truth is known."""
+    x = np.random.default_rng(0).normal(size=(DEVICES, 8, FEATURES)).astype(np.float32)
+    x += np.reshape([0, 5, -3, 20], (DEVICES, 1, 1))
+    mask = np.arange(8).reshape(1, 8, 1) < np.reshape([8, 3, 2, 5], (DEVICES, 1, 1))
+    layer = bn_jax.linen.BatchNorm(estimator=bn_jax.debiased_ema, momentum=0.9)
+
+    @jax.pmap
+    def update(variables, x, mask):
+        given = {"mask": mask, "mutable": ["batch_stats"]}
+        return variables | layer.apply(variables, x, False, **given)[1]
+
+    variables = layer.init(jax.random.key(0), x[0], False)
+    replicas = jax.tree.map(lambda v: jnp.stack([v] * DEVICES), variables)
+    for _ in range(3):
+        replicas = update(replicas, x, mask)
+    stats = jax.device_get(replicas["batch_stats"])
+    own = map(bn_jax.Moments, stats["mean"], stats["var"], np.float32(mask.sum((1, 2))))
+    got, want = functools.reduce(bn_jax.merge, own), reference.moments(x, mask=mask)
+    assert_close((got.mean, got.var), (want.mean, want.var))
