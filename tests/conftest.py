@@ -58,3 +58,18 @@ def replicate(request, make_mesh):
         return jax.jit(run)
 
     return over_shards
+
+
+def pytest_runtest_teardown(item):
+    """Reports how many examples a property was tried on (`strategies.holds`)."""
+    tried = getattr(getattr(item, "function", None), "tried", {})
+    if tried:
+        item.user_properties.append(("examples", tried.pop("examples")))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The sum over the tests, of all workers."""
+    reports = (r for r in terminalreporter.getreports("") if r.when == "teardown")
+    tried = [n for r in reports for name, n in r.user_properties if name == "examples"]
+    if tried:
+        terminalreporter.write_line(f"{len(tried)} properties tried on {sum(tried):,} examples")

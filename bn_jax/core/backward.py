@@ -61,9 +61,6 @@ def tangent(
     """
     x, w, scale, bias, epsilon = at
     dtype = mean.dtype
-    if w is not None:
-        # Padding may hold NaN, of which dx is 0: their product must not reach the sum.
-        x = jnp.where((w > 0) | jnp.isfinite(x), x, 0)
     dx = d.x.astype(dtype)
     r = lax.rsqrt(var + epsilon)
     gain = r if scale is None else r * scale
@@ -73,10 +70,12 @@ def tangent(
             count > 0, count, 1
         )
 
-    # In units of s, about 1/r, or the products leave float32 at a std of 1e13; not of r,
-    # which replicas need not share (epsilon may be an array).
-    s = jnp.where(var > 0, lax.rsqrt(jnp.where(var > 0, var, 1)), 1)
+    s = unit(var)
     x = x.astype(dtype)
+    if w is not None:
+        # Padding may hold anything, and its dx is 0: a product that is NaN must not reach
+        # the sums.
+        x = jnp.where((w > 0) | jnp.isfinite(s * (x - mean)), x, 0)
     # Not one x - mean for both: XLA would store it and read it back. Nor a factor beside it
     # in the second, which transposed is the sum of (x - mean) y' that XLA on CPU can fuse.
     scaled = s * (x - mean)
@@ -86,3 +85,13 @@ def tangent(
     u = u if scale is None else u + d.scale
     v = -gain * dmean if bias is None else d.bias - gain * dmean
     return gain * dx + (x - lax.optimization_barrier(mean)) * (r * u) + v
+
+
+def unit(var: jax.Array) -> jax.Array:
+    """1/sqrt(var), or 1: about r, and shared by replicas where r need not be (an epsilon each).
+
+    In this unit the products above stay within float32 up to a std of 1e18; in that of x
+    they leave it at 1e13.
+    """
+    some = jnp.where(var > 0, var, 1)
+    return lax.rsqrt(some)

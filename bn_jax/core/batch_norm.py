@@ -23,7 +23,7 @@ from bn_jax.core.arrays import (
     weights,
     widen,
 )
-from bn_jax.core.backward import Arguments, tangent
+from bn_jax.core.backward import Arguments, tangent, unit
 from bn_jax.core.moments import Moments, moments
 
 
@@ -78,9 +78,12 @@ def batch_norm(
         "axis": axis, "mask": mask,
         "axis_name": axis_name, "axis_index_groups": axis_index_groups,
     }  # fmt: skip
+    dtype = result_type(x, scale, bias)
+    if not _has_rule(axis_name):
+        x = x.astype(accumulation_dtype(x))  # once: autodiff's parts of dx are rounded once
     batch = moments(x, **common, sync=sync)
     y = normalize_batch(x, batch, scale, bias, **common, epsilon=epsilon, activation=activation)
-    return y, batch
+    return y.astype(dtype), batch
 
 
 def normalize_batch(
@@ -105,10 +108,9 @@ def normalize_batch(
     wide = widen(x, axis, scale=scale, bias=bias)
     at = Arguments(x, weights(x, mask), *wide, jnp.asarray(epsilon, real_dtype(x)))
     static = _Static(_hashable(axis), axis_name, _hashable(axis_index_groups), activation)
-    if axis_name is None or _sync.on_devices(axis_name):
+    if _has_rule(axis_name):
         y = _normalize(static, _varying_alike(at), batch)
     else:
-        # Of a jitted vmap JAX runs custom rules when the name of its axis is gone.
         y = _by_autodiff(static, at, batch)
     return y.astype(result_type(x, scale, bias))
 
@@ -190,13 +192,17 @@ def _linear(static, at, batch):
     return _affine(x, mean, var, at.scale, at.bias, at.epsilon)
 
 
+def _has_rule(axis_name) -> bool:
+    """Not over an axis of vmap: if that is jitted, JAX runs rules when its name is gone."""
+    return axis_name is None or _sync.on_devices(axis_name)
+
+
 def _by_autodiff(static, at, batch):
-    x = at.x
-    if at.w is None:
-        return _activated(static.activation, _linear(static, at, batch))
-    # Padding may hold NaN, of which the cotangent is 0: their product must not reach mean.
-    fine = (at.w > 0) | jnp.isfinite(x)
-    y = _linear(static, at._replace(x=jnp.where(fine, x, 0)), batch)
+    mean, var = widen(at.x, static.axis, mean=batch.mean, var=batch.var)
+    s = lax.stop_gradient(unit(var))
+    h = (at.x.astype(accumulation_dtype(at.x)) - mean) * s
+    fine = True if at.w is None else (at.w > 0) | jnp.isfinite(h)
+    y = _affine(jnp.where(fine, h, 0), 0, (var + at.epsilon) * s**2, at.scale, at.bias, 0)
     return _activated(static.activation, jnp.where(fine, y, jnp.nan))
 
 

@@ -118,14 +118,16 @@ def _local_moments(x: jax.Array, reduced: tuple[int, ...], w: jax.Array | None) 
         # Here and not only in the sums: the derivative of a weight of 0 times NaN is NaN.
         x = jnp.where(w > 0, x, 0)
     # A mask may leave out the whole sample: then the shift is a mean of its own pass.
-    shift = _sample_mean(x, reduced) if w is None else average(x.astype(dtype))
+    x = x.astype(dtype)  # once: the gradient is summed in float32 and rounded once
+    shift = _sample_mean(x, reduced) if w is None else average(x)
     shift = lax.stop_gradient(jnp.expand_dims(shift, reduced))
     # Under one name XLA computes x - shift once, stores it, and reads it back for each of
     # the sums: 25 ms in place of 5 for 8M elements on two cores.
     same = lax.optimization_barrier(shift)
-    error = average(x.astype(dtype) - shift)
-    square = average(abs2(x.astype(dtype) - same))
-    var = jnp.maximum(square - abs2(error), 0)
+    error = average(x - shift)
+    square = average(abs2(x - same))
+    # Both may be inf, of which the difference is NaN.
+    var = jnp.where(jnp.isinf(square), square, jnp.maximum(square - abs2(error), 0))
     return Moments(shift.reshape(error.shape) + error, var, count)
 
 
@@ -146,4 +148,4 @@ def _sample_mean(x, reduced):
         strides[a] = max(1, min(x.shape[a], left))
         left //= strides[a]
     sample = lax.slice(x, (0,) * x.ndim, x.shape, strides)
-    return jnp.mean(sample.astype(accumulation_dtype(x)), axis=reduced)
+    return jnp.mean(sample, axis=reduced)
