@@ -14,7 +14,13 @@ from flax.linen.module import merge_param
 from bn_jax.core.arrays import check_features, feature_shape
 from bn_jax.core.batch_norm import batch_norm
 from bn_jax.core.ghost import ghost_batch_norm
-from bn_jax.core.layer import check_call, counts_updates, forward, stats_dtype
+from bn_jax.core.layer import (
+    check_call,
+    counts_updates,
+    forward,
+    initial_stats,
+    stats_dtype,
+)
 from bn_jax.core.presets import preset
 from bn_jax.core.renorm import PAPER_D_MAX, PAPER_R_MAX, Bound, batch_renorm
 from bn_jax.core.running import BatchStats, ema
@@ -159,7 +165,7 @@ class BatchNorm(nn.Module):
                 f"{'/'.join(self.path) or 'this BatchNorm'}: pass the collection that init "
                 "returned, with the parameters"
             )
-        start = BatchStats.create(feature_shape(x.shape, self.axis), stats_dtype(x))
+        start = initial_stats(self, feature_shape(x.shape, self.axis), stats_dtype(x))
         variables = [
             (n, self.variable("batch_stats", n, lambda n=n: getattr(start, n))) for n in names
         ]

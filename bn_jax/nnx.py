@@ -17,7 +17,7 @@ from flax.nnx.nn import dtypes
 from bn_jax.core.arrays import check_features
 from bn_jax.core.batch_norm import batch_norm
 from bn_jax.core.ghost import ghost_batch_norm
-from bn_jax.core.layer import check_call, counts_updates, forward
+from bn_jax.core.layer import check_call, counts_updates, forward, initial_stats
 from bn_jax.core.presets import preset
 from bn_jax.core.renorm import PAPER_D_MAX, PAPER_R_MAX, Bound, batch_renorm
 from bn_jax.core.running import BatchStats, ema
@@ -93,7 +93,7 @@ class BatchNorm(nnx.Module):
 
         several = isinstance(num_features, Sequence)
         features = tuple(num_features) if several else (operator.index(num_features),)
-        start = BatchStats.create(features, stats_dtype)
+        start = initial_stats(self, features, stats_dtype)
         self.mean, self.var = nnx.BatchStat(start.mean), nnx.BatchStat(start.var)
         self.count = nnx.data(None)
         if self._counts_updates():

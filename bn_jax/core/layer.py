@@ -58,6 +58,11 @@ def counts_updates(layer: Any) -> bool:
     return layer.estimator is not ema or callable(layer.momentum)
 
 
+def initial_stats(layer: Any, features: tuple[int, ...], dtype: Any) -> BatchStats:
+    """What the layer starts from; other averages than `ema` count for each feature."""
+    return BatchStats.create(features, dtype, per_feature=layer.estimator is not ema)
+
+
 def check_call(layer: Any, **given: jax.Array | None) -> None:
     """Raises a ValueError where the call gives what the layer has as a parameter."""
     for name, v in given.items():

@@ -59,8 +59,8 @@ def moments(
     Half-precision input is accumulated in float32, float64 in float64. The relative
     error of `var` in float32 stays below 1e-4 for |mean| up to 1e4 std: the sums are of
     x - c and |x - c|^2 with c the mean of a sample of x, so that neither waits for the
-    other (with a mask c is the mean of all of x, in a pass of its own). A variance above
-    3.4e38 is inf in float32, as any square of such numbers.
+    other (with a mask c is the mean of all of x, in a pass of its own). Where the sum
+    of the squares passes 3.4e38 (a std of 1e17, say, of 3e4 elements) `var` is inf.
 
     Args:
       x: floating-point or complex array of any rank.

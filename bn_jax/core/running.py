@@ -24,7 +24,11 @@ from bn_jax.core.moments import Moments
 
 
 class BatchStats(NamedTuple):
-    """Running mean and variance `[features]`, and the number of updates so far (int32)."""
+    """Running mean and variance `[features]`, and the number of updates so far (int32).
+
+    The count is `[]`, or `[features]` for features that batches may lack (masks per feature,
+    `skip_nonfinite`): an average over the updates needs to know the number of each.
+    """
 
     mean: jax.Array
     var: jax.Array
@@ -32,16 +36,26 @@ class BatchStats(NamedTuple):
 
     @classmethod
     def create(
-        cls, features: tuple[int, ...], dtype=jnp.float32, *, domains: int | None = None
+        cls,
+        features: tuple[int, ...],
+        dtype=jnp.float32,
+        *,
+        domains: int | None = None,
+        per_feature: bool = False,
     ) -> BatchStats:
-        """Mean 0, variance 1, no updates; of each of `domains` along a first axis, if given.
+        """Mean 0, variance 1, no updates.
 
-        dtype is that of the mean; where it is complex the variance is real.
+        Args:
+          features: shape of the statistics.
+          dtype: of the mean; where it is complex the variance is real.
+          domains: makes as many sets of statistics, along a first axis.
+          per_feature: count the updates of each feature.
         """
         first = () if domains is None else (domains,)
         shape = (*first, *features)
         var = jnp.ones(shape, jnp.finfo(dtype).dtype)
-        return cls(jnp.zeros(shape, dtype), var, jnp.zeros(first, jnp.int32))
+        count = jnp.zeros(shape if per_feature else first, jnp.int32)
+        return cls(jnp.zeros(shape, dtype), var, count)
 
 
 def ema(
@@ -73,7 +87,8 @@ def debiased_ema(
     At update t the statistics are the average with weights momentum^(t-i) of batches
     i = 1 .. t, with nothing of what they started from: Haiku's and Adam's (Kingma & Ba
     2015, section 3) correction, of which only the corrected value is kept. Arguments as
-    for `ema`, but momentum is a number in [0, 1).
+    for `ema`, but momentum is a number in [0, 1). t is of `stats.count`: where batches lack
+    features count `per_feature`.
     """
     new = debiased_weight(stats, momentum)
     return blend(stats, moments, 1 - new, new, unbiased)
@@ -92,7 +107,9 @@ def debiased_weight(stats: BatchStats, momentum: float) -> jax.Array:
 def cumulative_mean(
     stats: BatchStats, moments: Moments, *, momentum: None = None, unbiased: bool = False
 ) -> BatchStats:
-    """The mean over all batches so far: a = 1/t at update t. It has no momentum.
+    """The mean over all batches so far: a = 1/t at update t (as in `debiased_ema`).
+
+    It has no momentum.
 
     With `unbiased=True` and batches of one size this is torch's `momentum=None`, and
     Algorithm 2 of Ioffe & Szegedy 2015 on the batches seen.
@@ -162,5 +179,5 @@ def blend(stats: BatchStats, moments: Moments, old, new, unbiased: bool) -> Batc
     return BatchStats(
         weighted(stats.mean, moments.mean),
         weighted(stats.var, var),
-        stats.count + jnp.any(seen),
+        stats.count + (seen if stats.count.ndim else jnp.any(seen)),
     )

@@ -89,7 +89,7 @@ def _replaced(stats, estimate, batches):
     new = {
         "mean": jnp.where(seen, estimate.mean, stats["mean"]),
         "var": jnp.where(seen, estimate.var, stats["var"]),
-        "count": jnp.int32(batches),
+        "count": jnp.full(jnp.shape(stats.get("count", 0)), batches, jnp.int32),
     }
     return {name: new[name] for name in stats}
 
