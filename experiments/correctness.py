@@ -8,8 +8,6 @@ the table to the terminal, to `report.html` and to `correctness.md`.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +49,9 @@ def run(config: Config) -> dict[str, Any]:
 
     folder = workdir.create(config.workdir, EXPERIMENT, config.overwrite)
     devices = [f"{d.platform}: {d.device_kind}" for d in jax.devices()]
-    settings = workdir.write_config(folder, config, EXPERIMENT, devices, versions=versions())
+    settings = workdir.write_config(
+        folder, config, EXPERIMENT, devices, versions=workdir.versions(PACKAGES)
+    )
     summary = summarize(ask(folder / "records.jsonl"))
     text = json.dumps(summary, indent=2, allow_nan=False)
     report.write_atomically(folder / "summary.json", text + "\n")
@@ -124,17 +124,6 @@ def _described(case, answers):
     return described | {
         "by_default": default and default._asdict(), "answers": answers
     }  # fmt: skip
-
-
-def versions() -> dict[str, str | None]:
-    """Of Python and of the packages that are asked; None for those not installed."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
 
 
 if __name__ == "__main__":

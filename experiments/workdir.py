@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def write_config(
         "experiment": experiment,
         "command": command(config, experiment),
         "flags": flags,
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": versions(PACKAGES),
         "devices": devices,
         "machine": platform.machine(),
         "git_commit": _git_commit(),
@@ -83,14 +84,15 @@ def command(config: Any, experiment: str) -> str:
     return shlex.join(words)
 
 
-def _versions():
-    versions = {}
-    for package in PACKAGES:
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Of Python and of the packages; None for those not installed."""
+    found = {"python": platform.python_version()}
+    for package in packages:
         try:
-            versions[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
+            found[package] = None
+    return found
 
 
 def _git_commit():
