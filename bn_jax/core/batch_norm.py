@@ -102,7 +102,8 @@ def normalize_batch(
     """`normalize` by the moments of x itself, with the derivative in closed form.
 
     What y owes to x through `batch` is in that derivative; of `batch` as an argument y has
-    none. Arguments and result are those of `batch_norm`, whose second half this is.
+    none (over an axis of `vmap`: autodiff's, by way of `batch`). Arguments and result are
+    those of `batch_norm`, whose second half this is.
     """
     x = jnp.asarray(x)
     wide = widen(x, axis, scale=scale, bias=bias)
