@@ -13,20 +13,15 @@ import flax.linen as nn
 import jax
 from flax import nnx, traverse_util
 
-import bn_jax.linen
-import bn_jax.nnx
 from bn_jax.core.moments import Moments, merge, moments
-
-Path = tuple[str | int, ...]
-LINEN = (nn.BatchNorm, bn_jax.linen.BatchNorm)
-NNX = (nnx.BatchNorm, bn_jax.nnx.BatchNorm)
+from bn_jax.surgery.intercept import Call, Path, intercept
 
 
 def run(
     model: nn.Module | nnx.GraphDef,
     variables: Any,
     *inputs: Any,
-    see: Callable[[Path, Any, jax.Array, Any], None],
+    see: Callable[[Call], None],
     inference: Collection[Path] = (),
     **call: Any,
 ) -> Any:
@@ -35,13 +30,19 @@ def run(
     Args:
       model, variables: see `bn_jax.surgery`.
       *inputs, **call: what the model is called with.
-      see: called with the path, the layer, its input and its mask before every call of a
-        BatchNorm.
+      see: is given every call of a BatchNorm, before it.
       inference: paths of layers that use their running statistics, whatever the call says.
     """
+
+    def hook(layer_call):
+        see(layer_call)
+        return layer_call.proceed(True if layer_call.path in inference else None)
+
+    watched = intercept(model, variables, hook)
     if isinstance(model, nn.Module):
-        return _run_linen(model, variables, inputs, call, see, inference)
-    return _run_nnx(model, variables, inputs, call, see, inference)
+        mutable = [name for name in variables if name != "params"]
+        return watched.apply(variables, *inputs, mutable=mutable, **call)[0]
+    return nnx.merge(watched, variables, copy=True)(*inputs, **call)
 
 
 def batch_moments(
@@ -57,15 +58,22 @@ def batch_moments(
     """
     found: dict[Path, Moments] = {}
 
-    def see(path, layer, x, mask):
-        seen = moments(
-            x, axis=layer.axis, mask=mask, axis_name=layer.axis_name,
-            axis_index_groups=layer.axis_index_groups,
-        )  # fmt: skip
+    def see(layer_call):
+        seen = input_moments(layer_call)
+        path = layer_call.path
         found[path] = merge(found[path], seen) if path in found else seen
 
     run(model, variables, *inputs, see=see, inference=inference, **call)
     return found
+
+
+def input_moments(call: Call) -> Moments:
+    """The Moments of the input of one call of a BatchNorm, over its replicas too."""
+    layer = call.layer
+    return moments(
+        call.x, axis=layer.axis, mask=call.kwargs.get("mask"), axis_name=layer.axis_name,
+        axis_index_groups=layer.axis_index_groups,
+    )  # fmt: skip
 
 
 def layer_paths(
@@ -74,8 +82,8 @@ def layer_paths(
     """The BatchNorm layers that a call uses, in the order of their first use."""
     paths: dict[Path, None] = {}
 
-    def see(path, *_):
-        paths[path] = None
+    def see(layer_call):
+        paths[layer_call.path] = None
 
     def trace(variables, inputs):
         return run(model, variables, *inputs, see=see, **call)
@@ -109,59 +117,3 @@ def set_stats(variables: Any, new: dict[Path, dict[str, jax.Array]]) -> Any:
         for name, v in stats.items():
             flat[*path, name] = v.astype(flat[*path, name].dtype)
     return {**variables, "batch_stats": traverse_util.unflatten_dict(flat)}
-
-
-def _run_linen(model, variables, inputs, call, see, inference):
-    def intercept(next_fun, args, kwargs, context):
-        layer = context.module
-        if not isinstance(layer, LINEN) or context.method_name != "__call__":
-            return next_fun(*args, **kwargs)
-        see(layer.path, layer, args[0], kwargs.get("mask"))
-        if layer.path in inference:
-            # It may be said in the constructor or in the call, and must not be in both.
-            object.__setattr__(layer, "use_running_average", True)
-            args = args[:1]
-            kwargs = {k: v for k, v in kwargs.items() if k != "use_running_average"}
-        return next_fun(*args, **kwargs)
-
-    with nn.intercept_methods(intercept):
-        mutable = [name for name in variables if name != "params"]
-        return model.apply(variables, *inputs, mutable=mutable, **call)[0]
-
-
-def _run_nnx(model, variables, inputs, call, see, inference):
-    module = nnx.merge(model, variables, copy=True)
-    layers = [(p, m) for p, m in nnx.iter_modules(module) if isinstance(m, NNX)]
-    for path, layer in layers:
-        watched = _Watched(layer, path, see, path in inference)
-        if not path:
-            module = watched
-            break
-        parent = module
-        for name in path[:-1]:
-            parent = _child(parent, name)
-        if isinstance(parent, nnx.List | nnx.Dict):
-            parent[path[-1]] = watched
-        else:
-            setattr(parent, path[-1], watched)
-    return module(*inputs, **call)
-
-
-def _child(parent, name):
-    return (
-        parent[name]
-        if isinstance(name, int) or isinstance(parent, dict)
-        else getattr(parent, name)
-    )
-
-
-class _Watched(nnx.Module):
-    """An NNX BatchNorm that calls `see` first."""
-
-    def __init__(self, layer, path, see, inference):
-        self.layer, self.path, self.see, self.inference = layer, path, see, inference
-
-    def __call__(self, x, use_running_average=None, **kwargs):
-        self.see(self.path, self.layer, x, kwargs.get("mask"))
-        mode = True if self.inference else use_running_average
-        return self.layer(x, mode, **kwargs)
