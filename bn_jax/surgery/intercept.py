@@ -132,13 +132,13 @@ def _intercept_nnx(layer, path, hook):
 def _hooked(cls):
     """A subclass, for the hooks that an instance has; the last of them is the outermost."""
 
-    def __call__(self, *args, **kwargs):
+    def call(self, *args, **kwargs):
         function = functools.partial(cls.__call__, self)
         for path, hook in self.hooks:
             function = functools.partial(_through, self, path, hook, function)
         return function(*args, **kwargs)
 
-    return type(cls.__name__, (cls,), {"__call__": __call__})
+    return type(cls.__name__, (cls,), {"__call__": call})
 
 
 def _through(layer, path, hook, function, *args, **kwargs):
