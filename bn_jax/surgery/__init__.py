@@ -4,6 +4,7 @@ A model is a `flax.linen.Module` with its variables, or an `nnx.GraphDef` with i
 every operation is a function from variables to variables.
 """
 
+from bn_jax.surgery.fold import fold
 from bn_jax.surgery.recalibrate import recalibrate, reset
 
-__all__ = ["recalibrate", "reset"]
+__all__ = ["fold", "recalibrate", "reset"]

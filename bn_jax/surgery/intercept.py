@@ -49,6 +49,12 @@ class Call(NamedTuple):
         said = self.args[1] if len(self.args) > 1 else self.kwargs.get("use_running_average")
         return self.layer.use_running_average if said is None else said
 
+    def replace_x(self, x: jax.Array) -> Call:
+        """The call with another input."""
+        if self.args:
+            return self._replace(args=(x, *self.args[1:]))
+        return self._replace(kwargs={**self.kwargs, next(iter(self.kwargs)): x})
+
     def proceed(self, use_running_average: bool | None = None) -> Any:
         """What the layer returns, a BatchNorm in the given mode if one is given."""
         if use_running_average is None:
@@ -57,6 +63,11 @@ class Call(NamedTuple):
         # Linen takes it from the constructor or from the call, and not from both.
         with attributes(self.layer, use_running_average=use_running_average):
             return self.next(*self.args[:1], **kwargs)
+
+
+def spelled(path: Path) -> str:
+    """A path as one writes it."""
+    return "/".join(map(str, path)) or "the model itself"
 
 
 Hook = Callable[[Call], Any]
@@ -95,6 +106,14 @@ def intercept(
         if isinstance(layer, kinds):
             _intercept_nnx(layer, path, hook)
     return nnx.graphdef(module)
+
+
+def apply(model: nn.Module | nnx.GraphDef, variables: Any, *inputs: Any, **call: Any) -> Any:
+    """What the model returns; nothing that it does to its variables is kept."""
+    if isinstance(model, nn.Module):
+        mutable = [name for name in variables if name != "params"]
+        return model.apply(variables, *inputs, mutable=mutable, **call)[0]
+    return nnx.merge(model, variables, copy=True)(*inputs, **call)
 
 
 class Intercepted(nn.Module):

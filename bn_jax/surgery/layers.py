@@ -14,7 +14,7 @@ import jax
 from flax import nnx, traverse_util
 
 from bn_jax.core.moments import Moments, merge, moments
-from bn_jax.surgery.intercept import Call, Path, intercept
+from bn_jax.surgery.intercept import Call, Path, apply, intercept
 
 
 def run(
@@ -38,11 +38,7 @@ def run(
         see(layer_call)
         return layer_call.proceed(True if layer_call.path in inference else None)
 
-    watched = intercept(model, variables, hook)
-    if isinstance(model, nn.Module):
-        mutable = [name for name in variables if name != "params"]
-        return watched.apply(variables, *inputs, mutable=mutable, **call)[0]
-    return nnx.merge(watched, variables, copy=True)(*inputs, **call)
+    return apply(intercept(model, variables, hook), variables, *inputs, **call)
 
 
 def batch_moments(

@@ -1,0 +1,131 @@
+"""Where the features of Flax's linear layers are in their kernels, and what they absorb."""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bn_jax.core.arrays import split_axes
+from bn_jax.surgery.intercept import Call
+
+DENSE = (nn.Dense, nnx.Linear)
+GENERAL = (nn.DenseGeneral, nnx.LinearGeneral)
+CONV = (nn.Conv, nnx.Conv)
+TRANSPOSED = (nn.ConvTranspose, nnx.ConvTranspose)
+# At the border of an image these put no constant in: what the inputs have in common stays so.
+PADS_NOTHING = ("VALID", "CIRCULAR", "REFLECT")
+
+
+def refusal(layer: Call, norm: Call, side: str, kernel: tuple[int, ...]) -> str | None:
+    """Why the layer cannot absorb the BatchNorm before or after which it stands, if so.
+
+    Args:
+      layer, norm: their calls.
+      side: "before" if the layer is before the BatchNorm, "after" if it is after it.
+      kernel: its shape, as it is among the variables.
+    """
+    module = layer.layer
+    if len(kernel) != _rank(module):
+        return f"has a kernel of shape {kernel}: it is repeated by a vmap or a scan"
+    if isinstance(module, GENERAL) and _batched(module):
+        return "has batch axes"
+    _, reduced = split_axes(norm.x.shape, norm.layer.axis)
+    kept = set(range(len(norm.x.shape))) - set(reduced)
+    if not kept <= set(_feature_axes(layer, norm, side)):
+        return f"does not have the BatchNorm's axis {norm.layer.axis} for its features"
+    return _refused_inputs(module, kernel) if side == "after" else None
+
+
+def _refused_inputs(module, kernel):
+    if isinstance(module, TRANSPOSED):
+        return "is transposed: at the border it sums fewer inputs"
+    if not isinstance(module, CONV):
+        return None
+    if module.mask is not None:
+        return "has a mask"
+    dilation = module.input_dilation
+    if dilation is not None and math.prod(jnp.atleast_1d(jnp.asarray(dilation)).tolist()) != 1:
+        return "has zeros between its inputs"
+    padding = module.padding
+    if (padding == "SAME" and math.prod(kernel[:-2]) == 1) or padding in PADS_NOTHING:
+        return None
+    if not isinstance(padding, str) and not jnp.asarray(padding).any():
+        return None
+    return f"pads with zeros, which the BatchNorm would not have normalised: {padding}"
+
+
+def absorb(
+    layer: Call, leaves: dict[str, jax.Array], a: jax.Array, c: jax.Array, side: str
+) -> dict[str, jax.Array]:
+    """Kernel and bias with y = a x + c in them.
+
+    Args:
+      layer: a call of it.
+      leaves: kernel, and bias if it has one.
+      a, c: of the rank of what is scaled and shifted.
+      side: as in `refusal`.
+    """
+    module, kernel = layer.layer, leaves["kernel"]
+    outputs = _outputs(module, kernel.shape)
+    bias = leaves.get("bias", jnp.zeros(outputs, kernel.dtype))
+    if side == "before":
+        a, c = (v.reshape(v.shape[v.ndim - len(outputs) :]) for v in (a, c))
+        flipped = getattr(module, "transpose_kernel", False)
+        return {"kernel": kernel * (a[:, None] if flipped else a), "bias": bias * a + c}
+    a, c = (_over_inputs(module, layer, kernel.shape, v) for v in (a, c))
+    inputs = tuple(range(kernel.ndim - len(outputs)))
+    return {"kernel": kernel * a, "bias": bias + jnp.sum(kernel * c, axis=inputs)}
+
+
+def _over_inputs(module, layer, kernel, v):
+    """A value per input, so that it broadcasts against the kernel."""
+    if isinstance(module, GENERAL):
+        ndim = len(layer.x.shape)
+        axes = [a % ndim for a in _tuple(module.axis)]
+        others = [a for a in range(ndim) if a not in axes]
+        v = jnp.transpose(v, others + axes)
+        return v.reshape(v.shape[len(others) :] + (1,) * (len(kernel) - len(axes)))
+    v = v.reshape(-1)
+    groups = module.feature_group_count if isinstance(module, CONV) else 1
+    return jnp.repeat(v.reshape(groups, -1).T, kernel[-1] // groups, axis=1)
+
+
+def _feature_axes(layer, norm, side):
+    """The axes, of what the BatchNorm takes, that the layer's features are."""
+    ndim = len(norm.x.shape)
+    if isinstance(layer.layer, GENERAL):
+        if side == "after":
+            return [a % ndim for a in _tuple(layer.layer.axis)]
+        return range(ndim - len(_features(layer.layer)), ndim)
+    return [ndim - 1]
+
+
+def _outputs(module, kernel):
+    if isinstance(module, GENERAL):
+        return kernel[len(_tuple(module.axis)) :]
+    return kernel[-2:-1] if getattr(module, "transpose_kernel", False) else kernel[-1:]
+
+
+def _rank(module):
+    if isinstance(module, DENSE):
+        return 2
+    if isinstance(module, GENERAL):
+        return len(_tuple(module.axis)) + len(_features(module))
+    return len(_tuple(module.kernel_size)) + 2
+
+
+def _batched(module):
+    return module.batch_dims if isinstance(module, nn.DenseGeneral) else module.batch_axis
+
+
+def _features(module):
+    named = module.features if isinstance(module, nn.DenseGeneral) else module.out_features
+    return _tuple(named)
+
+
+def _tuple(v):
+    return (v,) if isinstance(v, int) else tuple(v)
