@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from bn_jax.training.state import TrainState
-from bn_jax.training.step import Metrics, evaluate_chunk, init_state, train_step
+from bn_jax.training.step import Metrics, evaluate_chunk, init_state, unguarded_step
 
 
 class Swept(NamedTuple):
@@ -80,7 +80,8 @@ class Run:
         """
         inputs, labels = self.scaled(split.inputs[rows]), split.labels[rows]
         tx = self.optimizer(swept.learning_rate)
-        train, loss = train_step(state.train, inputs, labels, self.model(swept), tx)
+        model = self.model(swept)
+        train, loss, _ = unguarded_step(state.train, inputs, labels, model, tx)
         first = ~jnp.isfinite(loss) & (state.diverged_at < 0)
         diverged_at = jnp.where(first, state.train.step, state.diverged_at)
         train = jax.tree.map(functools.partial(jnp.where, diverged_at < 0), train, state.train)

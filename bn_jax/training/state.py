@@ -10,10 +10,12 @@ import jax
 class TrainState(NamedTuple):
     """Parameters, running statistics and optimizer state after `step` steps.
 
-    `batch_stats` is an empty dict for a model without any.
+    `batch_stats` is an empty dict for a model without any. `skipped` of the steps came
+    to something that was not finite, and changed nothing.
     """
 
     step: jax.Array
     params: Any
     batch_stats: Any
     opt_state: Any
+    skipped: jax.Array

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from bn_jax.training.metrics import correct, cross_entropy
+from bn_jax.training.skip import skip_nonfinite
 from bn_jax.training.state import TrainState
 
 
@@ -35,7 +36,7 @@ def init_state(
 
     params = jax.tree_util.tree_map_with_path(rescale, variables["params"])
     stats = variables.get("batch_stats", {})
-    return TrainState(jnp.int32(0), params, stats, optimizer.init(params))
+    return TrainState(jnp.int32(0), params, stats, optimizer.init(params), jnp.int32(0))
 
 
 def train_step(
@@ -45,7 +46,25 @@ def train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, jax.Array]:
-    """One step on one batch: the next state, and the mean loss before it, `[]`."""
+    """One step on one batch: the next state, and the mean loss before it, `[]`.
+
+    Where the loss, a gradient or a running statistic would not be finite the step is counted
+    as skipped, and changes nothing else than the number of steps. (Of an input of 3e38 the
+    variance is infinite, and loss and gradients are finite.)
+    """
+    after, loss, grads = unguarded_step(state, inputs, labels, model, optimizer)
+    kept, skipped = skip_nonfinite(state, after, loss, grads, after.batch_stats)
+    return kept._replace(step=after.step, skipped=state.skipped + skipped), loss
+
+
+def unguarded_step(
+    state: TrainState,
+    inputs: jax.Array,
+    labels: jax.Array,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, jax.Array, Any]:
+    """The next state whatever it is, the mean loss before the step, and its gradients."""
 
     def loss_fn(params):
         outputs, updates = model.apply(
@@ -59,7 +78,8 @@ def train_step(
     (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, stats, opt_state), loss
+    after = TrainState(state.step + 1, params, stats, opt_state, state.skipped)
+    return after, loss, grads
 
 
 def evaluate_chunk(
