@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bn_jax.report.curves import learning_curves
 from bn_jax.report.files import write_atomically
@@ -11,6 +12,9 @@ from bn_jax.report.plotting import stretched
 from bn_jax.report.points import varies
 from bn_jax.report.rates import accuracy_against_rate, steps_against_rate
 from bn_jax.report.text import plural, whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = [
     "accuracy_against_rate",
@@ -30,14 +34,17 @@ def save_all(records: list[dict], summary: dict, folder: str | Path) -> list[Pat
         "steps_to_target.png": steps_against_rate(summary),
         "accuracy.png": accuracy_against_rate(summary),
     }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        png = io.BytesIO()
-        # Without the version of matplotlib, so that equal figures are equal files.
-        figure.savefig(png, dpi=DPI, metadata={"Software": None}, pil_kwargs={"optimize": True})
-        write_atomically(folder / name, png.getvalue())
-    return [folder / name for name in figures]
+    return [save(figure, Path(folder) / name) for name, figure in figures.items()]
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Writes the figure as PNG, with the folder that it is in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    png = io.BytesIO()
+    # Without the version of matplotlib, so that equal figures are equal files.
+    figure.savefig(png, dpi=DPI, metadata={"Software": None}, pil_kwargs={"optimize": True})
+    write_atomically(path, png.getvalue())
+    return path
 
 
 def captions(summary: dict) -> list[str]:
