@@ -14,6 +14,8 @@ from experiments import checkpoint, flags
 
 def run(config: checkpoint.WritingConfig) -> Any:
     """Folds; what `bn_jax.surgery.fold` returns comes back."""
+    from flax.errors import FlaxError
+
     from bn_jax.errors import UserError
     from bn_jax.surgery import fold
     from bn_jax.surgery.intercept import spelled
@@ -22,7 +24,7 @@ def run(config: checkpoint.WritingConfig) -> Any:
     call = checkpoint.keywords("evaluate", config.evaluate)
     try:
         folded = fold(model, variables, inputs, **call)
-    except (TypeError, ValueError) as e:
+    except (FlaxError, TypeError, ValueError) as e:
         raise UserError(str(e)) from e
     for norm, layer, side in folded.pairs:
         print(f"{spelled(norm)} into {spelled(layer)}, which is {side} it")

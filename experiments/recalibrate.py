@@ -30,6 +30,8 @@ class Config(checkpoint.WritingConfig):
 
 def run(config: Config) -> Any:
     """Recalibrates; the variables come back."""
+    from flax.errors import FlaxError
+
     from bn_jax.surgery import recalibrate
 
     model, variables, inputs = checkpoint.load(config)
@@ -40,7 +42,7 @@ def run(config: Config) -> Any:
         variables = recalibrate(
             model, variables, batches, layer_by_layer=config.layer_by_layer, **call
         )
-    except (TypeError, ValueError) as e:
+    except (FlaxError, TypeError, ValueError) as e:
         raise UserError(str(e)) from e
     checkpoint.save(config.out, variables)
     print(config.out)

@@ -7,6 +7,7 @@ definition matter, and an operation in between or a second use is seen.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from typing import Any, NamedTuple
 
@@ -130,7 +131,7 @@ class _Program:
     is in a loop or a branch is not read at all.
 
     Attributes:
-      producer: of every value, the operation.
+      producer: of every value, by its number, the operation.
       users: of every value, the operations.
       taken, given: the value that goes into the mark "in", and comes out of the mark "out",
         of each call.
@@ -138,29 +139,38 @@ class _Program:
 
     def __init__(self, jaxpr: core.Jaxpr):
         self.producer = defaultdict(lambda: _Op("the model's input"))
-        self.users: dict[Any, list[_Op]] = defaultdict(list)
-        self.taken: dict[int, Any] = {}
-        self.given: dict[int, Any] = {}
-        values = self._read(jaxpr, {}, None)
-        for v in jaxpr.outvars:
-            self.users[values.get(v, v)].append(_Op("the model's output"))
+        self.users: dict[int, list[_Op]] = defaultdict(list)
+        self.taken: dict[int, int] = {}
+        self.given: dict[int, int] = {}
+        self._numbers = itertools.count()
+        for value in self._read(jaxpr, [next(self._numbers) for _ in jaxpr.invars], None):
+            self.users[value].append(_Op("the model's output"))
 
-    def _read(self, jaxpr, values, within):
-        """Reads the equations; `values` renames variables, and comes back with theirs."""
+    def _read(self, jaxpr, inputs, within):
+        """Reads the equations; the values that go in and come out are numbers.
+
+        Not variables: two calls of one function may share a jaxpr.
+        """
+        values = dict(zip(jaxpr.invars, inputs, strict=True))
+
+        def value(v):
+            # Literals and constants are new each time: nobody asks where they come from.
+            new = isinstance(v, core.Literal) or v not in values
+            return next(self._numbers) if new else values[v]
+
         for eqn in jaxpr.eqns:
-            taken = [v if isinstance(v, core.Literal) else values.get(v, v) for v in eqn.invars]
+            taken = [value(v) for v in eqn.invars]
             inner = _written_out(eqn)
             if inner is None:
-                self._add(eqn, taken, within)
-                continue
-            layers = any(e.primitive.name == "name" for e in inner.eqns)
-            name = None if layers else eqn.params.get("name")
-            renamed = self._read(inner, dict(zip(inner.invars, taken, strict=True)), name)
-            for outer, v in zip(eqn.outvars, inner.outvars, strict=True):
-                values[outer] = v if isinstance(v, core.Literal) else renamed.get(v, v)
-        return values
+                given = self._add(eqn, taken, within)
+            else:
+                layers = any(e.primitive.name == "name" for e in inner.eqns)
+                given = self._read(inner, taken, None if layers else eqn.params.get("name"))
+            values.update(zip(eqn.outvars, given, strict=True))
+        return [value(v) for v in jaxpr.outvars]
 
     def _add(self, eqn, taken, within):
+        given = [next(self._numbers) for _ in eqn.outvars]
         op = _Op((within or eqn.primitive.name).strip("_"))
         if eqn.primitive.name == "name" and eqn.params["name"].startswith(MARK):
             *_, role, number = eqn.params["name"].split()
@@ -168,12 +178,12 @@ class _Program:
             if role == "in":
                 self.taken[op.mark] = taken[0]
             else:
-                self.given[op.mark] = eqn.outvars[0]
+                self.given[op.mark] = given[0]
         for v in taken:
-            if not isinstance(v, core.Literal):
-                self.users[v].append(op)
-        for v in eqn.outvars:
+            self.users[v].append(op)
+        for v in given:
             self.producer[v] = op
+        return given
 
 
 def _written_out(eqn):

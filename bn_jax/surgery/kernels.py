@@ -74,9 +74,9 @@ def absorb(
     bias = leaves.get("bias", jnp.zeros(outputs, kernel.dtype))
     if side == "before":
         a, c = (v.reshape(v.shape[v.ndim - len(outputs) :]) for v in (a, c))
-        flipped = getattr(module, "transpose_kernel", False)
-        return {"kernel": kernel * (a[:, None] if flipped else a), "bias": bias * a + c}
-    a, c = (_over_inputs(module, layer, kernel.shape, v) for v in (a, c))
+        over_outputs = a[:, None] if getattr(module, "transpose_kernel", False) else a
+        return {"kernel": kernel * _ranked(over_outputs, kernel.ndim), "bias": bias * a + c}
+    a, c = (_ranked(_over_inputs(module, layer, kernel.shape, v), kernel.ndim) for v in (a, c))
     inputs = tuple(range(kernel.ndim - len(outputs)))
     return {"kernel": kernel * a, "bias": bias + jnp.sum(kernel * c, axis=inputs)}
 
@@ -92,6 +92,10 @@ def _over_inputs(module, layer, kernel, v):
     v = v.reshape(-1)
     groups = module.feature_group_count if isinstance(module, CONV) else 1
     return jnp.repeat(v.reshape(groups, -1).T, kernel[-1] // groups, axis=1)
+
+
+def _ranked(v, ndim):
+    return v.reshape((1,) * (ndim - v.ndim) + v.shape)
 
 
 def _feature_axes(layer, norm, side):
