@@ -1,5 +1,6 @@
 """The tools that work on a checkpoint, on a Linen and on an NNX model from a file."""
 
+import json
 import sys
 import textwrap
 
@@ -11,7 +12,7 @@ from flax import nnx, traverse_util
 
 from bn_jax.surgery import fold as fold_model
 from bn_jax.surgery import recalibrate as recalibrate_model
-from experiments import checkpoint, fold, recalibrate
+from experiments import checkpoint, diagnose, fold, recalibrate
 
 SOURCE = """
 import flax.linen as nn
@@ -125,6 +126,29 @@ def test_recalibrate(folder, name, layer_by_layer, tmp_path):
         model, variables, batches, layer_by_layer=layer_by_layer, train=True
     )
     assert_same(written(tmp_path / "new"), expected)
+
+
+@pytest.mark.parametrize("name", ["linen", "make_nnx"])
+def test_diagnose(folder, name, capsys):
+    config = settings(folder, name)
+    findings = diagnose.run(diagnose.Config(**config))
+    assert "never_updated" in capsys.readouterr().out
+    diagnose.run(diagnose.Config(**config, json=True))
+    shown = json.loads(capsys.readouterr().out)
+    assert [(f["kind"], tuple(f["path"])) for f in shown] == [
+        (f.kind, f.path) for f in findings
+    ]
+
+
+def test_diagnose_after_recalibration(folder, tmp_path, capsys):
+    config = settings(folder, "linen")
+    model, variables, inputs = checkpoint.load(checkpoint.Config(**config))
+    variables = recalibrate_model(model, variables, [inputs], train=True)
+    checkpoint.save(tmp_path / "healthy", variables)
+    assert [f.kind for f in diagnose.run(
+        diagnose.Config(**config | {"checkpoint": str(tmp_path / "healthy")})
+    )] == ["useless_bias"]  # fmt: skip
+    assert "use_bias=False" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
