@@ -15,13 +15,29 @@ import itertools
 import math
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from bn_jax.errors import UserError
 from experiments import flags, workdir
 from experiments.flags import flag
 
 EXPERIMENT = "compare"
+
+
+class Arm(NamedTuple):
+    """What one arm of a comparison is.
+
+    Attributes:
+      norm: layer class, a partial of one, or None.
+      places: where it goes; None for those of the flag.
+      momentums: of its running statistics to try; None for those of the flag, () if it has
+        none.
+    """
+
+    norm: Callable[..., Any] | None
+    places: tuple[str, ...] | None = None
+    momentums: tuple[float, ...] | None = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +81,9 @@ class Config:
         None, "test accuracy to reach, in (0, 1]; by default the best that the baseline reached"
     )
     validation_fraction: float = flag(
-        0.2, "share of the training examples held out, to choose learning rates on"
+        0.2,
+        "share of the training examples held out, to choose learning rates on; 0: train on "
+        "all, and choose on them",
     )
     scaling: str = flag(
         "standard", "of the input: standard (mean 0, variance 1), unit (at most 1) or raw"
@@ -111,8 +129,23 @@ class Config:
             )
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Compares, fills the workdir, prints the table; what `summary.json` holds comes back."""
+def run(
+    config: Config,
+    *,
+    experiment: str = EXPERIMENT,
+    question: str | None = None,
+    known: dict[str, Arm] | None = None,
+    extra: Callable[..., Extra] | None = None,
+) -> dict[str, Any]:
+    """Compares, fills the workdir, prints the table; what `summary.json` holds comes back.
+
+    Args:
+      config: of this experiment or of one that rests on it.
+      experiment: its name.
+      question: what the page answers.
+      known: the arms that there are, by the names of the flag; by default `norm_arms()`.
+      extra: (config, dataset, runs, records, summary) to what the experiment shows besides.
+    """
     from bn_jax.training.xla import set_flags
 
     start = time.perf_counter()
@@ -123,34 +156,73 @@ def run(config: Config) -> dict[str, Any]:
     from bn_jax import measure, report
 
     dataset = load_data(config)
-    runs = {arm: build_run(config, arm, dataset) for arm in config.arms}
-    folder = workdir.create(config.workdir, EXPERIMENT, config.overwrite)
+    arms = chosen_arms(config, known or norm_arms())
+    runs = {name: build_run(config, arm, dataset) for name, arm in arms.items()}
+    folder = workdir.create(config.workdir, experiment, config.overwrite)
     devices = [f"{d.platform}: {d.device_kind}" for d in jax.devices()]
-    settings = workdir.write_config(folder, config, EXPERIMENT, devices, xla_flags=xla_flags)
-    records = train(config, dataset, runs, folder / "records.jsonl")
+    settings = workdir.write_config(folder, config, experiment, devices, xla_flags=xla_flags)
+    grids = {name: grid(config, arm) for name, arm in arms.items()}
+    records = train(config, dataset, runs, grids, folder / "records.jsonl")
     summary = {
-        "experiment": EXPERIMENT,
+        "experiment": experiment,
         "dataset": config.dataset,
         "model": config.model,
         **measure.summarize(records, baseline=config.arms[0], target=config.target),
         "seconds": seconds(records, time.perf_counter() - start),
     }
+    more = extra(config, dataset, runs, records, summary) if extra else Extra()
     settings["seconds"] = summary["seconds"]
-    report.write(records, summary, settings, folder, question(config))
+    question = question or default_question(config)
+    report.write(records, summary | more.summary, settings, folder, question, more.figures)
     console = Console()
     report.print_summary(summary, console)
     console.print()
+    if "published" in more.summary:
+        console.print(report.terminal_table(*report.published_rows(more.summary)))
+        console.print()
     spent = ", ".join(f"{k} {v:.1f} s" for k, v in summary["seconds"].items())
     console.print(f"Time: {spent}.", soft_wrap=True, highlight=False)
     print(folder / "report.html")
-    return summary
+    return summary | more.summary
 
 
-def question(config: Config) -> str:
+@dataclasses.dataclass(frozen=True)
+class Extra:
+    """What an experiment shows besides the comparison.
+
+    Attributes:
+      summary: entries of `summary.json`; `published` among them, rows of `quantity`, `here`,
+        `source` (text or None), is shown as a table.
+      figures: (name, caption, matplotlib figure).
+    """
+
+    summary: dict[str, Any] = dataclasses.field(default_factory=dict)
+    figures: tuple[tuple[str, str, Any], ...] = ()
+
+
+def default_question(config: Config) -> str:
     """What the page answers."""
     names = {"bn": "BatchNorm", "layer": "LayerNorm", "group": "GroupNorm"}
     norms = " or ".join(names[arm] for arm in config.arms if arm in names)
     return f"Does {norms or 'normalisation'} make this {config.model} train faster?"
+
+
+def norm_arms() -> dict[str, Arm]:
+    """The norms of `bn_jax.models`."""
+    from bn_jax import models
+
+    return {
+        name: Arm(norm, momentums=None if name == "bn" else ())
+        for name, norm in models.NORMS.items()
+    }
+
+
+def chosen_arms(config: Config, known: dict[str, Arm]) -> dict[str, Arm]:
+    """Those of the flag, in its order."""
+    for name in config.arms:
+        if name not in known:
+            raise UserError(f"--arms: unknown {name!r}, choose from {', '.join(known)}")
+    return {name: known[name] for name in config.arms}
 
 
 def load_data(config: Config) -> Any:
@@ -174,7 +246,7 @@ def load_data(config: Config) -> Any:
     return dataset
 
 
-def build_run(config: Config, arm: str, dataset: Any) -> Any:
+def build_run(config: Config, arm: Arm, dataset: Any) -> Any:
     """One arm as a `bn_jax.training.run.Run`."""
     import functools
 
@@ -188,7 +260,6 @@ def build_run(config: Config, arm: str, dataset: Any) -> Any:
     families = {"mlp": (models.MLP, (100, 100, 100)), "cnn": (models.CNN, (16, 32, 64))}
     for name, value, known in (
         ("model", config.model, families),
-        ("arms", arm, models.NORMS),
         ("activation", config.activation, models.ACTIVATIONS),
         ("optimizer", config.optimizer, OPTIMIZERS),
         *(("places", place, models.PLACES) for place in config.places),
@@ -199,12 +270,13 @@ def build_run(config: Config, arm: str, dataset: Any) -> Any:
     features = config.features or features
 
     def model(swept):
-        norm = models.NORMS[arm]
+        has_momentum = arm.norm is not None and arm.momentums != ()
+        momentum = {"momentum": swept.momentum} if has_momentum else {}
         return family(
             features=features,
             num_outputs=1 if dataset.num_classes == 2 else dataset.num_classes,
-            norm=functools.partial(norm, momentum=swept.momentum) if arm == "bn" else norm,
-            places=config.places,
+            norm=functools.partial(arm.norm, **momentum) if momentum else arm.norm,
+            places=config.places if arm.places is None else arm.places,
             activation=config.activation,
         )
 
@@ -220,13 +292,14 @@ def build_run(config: Config, arm: str, dataset: Any) -> Any:
     return run
 
 
-def train(config: Config, dataset: Any, runs: dict[str, Any], path: Any) -> list[dict]:
+def train(
+    config: Config, dataset: Any, runs: dict[str, Any], grids: dict[str, list], path: Any
+) -> list[dict]:
     """Trains every arm; each run's record is in the file as soon as the run has ended."""
     from bn_jax import measure, report
     from experiments.progress import Progress
 
     seeds = range(config.seed, config.seed + config.seeds)
-    grids = {arm: grid(config, arm) for arm in runs}
     total = sum(map(len, grids.values())) * config.seeds * config.steps
     budget = measure.Budget(config.steps, config.eval_every)
     records = []
@@ -243,11 +316,11 @@ def train(config: Config, dataset: Any, runs: dict[str, Any], path: Any) -> list
     return records
 
 
-def grid(config: Config, arm: str) -> list[Any]:
-    """The points of an arm; only BatchNorm has a momentum to vary."""
+def grid(config: Config, arm: Arm) -> list[Any]:
+    """The points of an arm; only running statistics have a momentum to vary."""
     from bn_jax.measure import Point
 
-    momentums = config.momentums if arm == "bn" else (None,)
+    momentums = config.momentums if arm.momentums is None else arm.momentums or (None,)
     axes = (config.learning_rates, config.init_scales, momentums)
     return [Point(*values) for values in itertools.product(*axes)]
 

@@ -97,7 +97,7 @@ def run(config: Config) -> dict[str, Any]:
         raise UserError(
             f"--images={max(config.images)}: {config.dataset} has {available} training images"
         )
-    one = compare.build_run(training, "bn", dataset)
+    one = compare.build_run(training, compare.norm_arms()["bn"], dataset)
     folder = workdir.create(config.workdir, EXPERIMENT, config.overwrite)
     devices = [f"{d.platform}: {d.device_kind}" for d in jax.devices()]
     settings = workdir.write_config(folder, config, EXPERIMENT, devices, xla_flags=xla_flags)

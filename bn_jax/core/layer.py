@@ -50,7 +50,7 @@ def forward(
         allow_single=layer.allow_single or initializing,
     )  # fmt: skip
     y = _cast(y, layer.dtype)
-    return y, stats if initializing else _updated(layer, stats, batch)
+    return y, stats if initializing else updated(layer, stats, batch)
 
 
 def counts_updates(layer: Any) -> bool:
@@ -73,6 +73,17 @@ def check_call(layer: Any, **given: jax.Array | None) -> None:
             )
 
 
+def updated(layer: Any, stats: BatchStats, batch: Moments) -> BatchStats:
+    """The running statistics after a batch, or after one group of Moments after another."""
+    batch = jax.lax.stop_gradient(batch)
+    batch = skip_nonfinite(batch) if layer.skip_nonfinite else batch
+    estimator = functools.partial(
+        layer.estimator, momentum=layer.momentum, unbiased=layer.unbiased
+    )
+    grouped = batch.mean.ndim > stats.mean.ndim
+    return each(estimator, stats, batch) if grouped else estimator(stats, batch)
+
+
 def stats_dtype(x: jax.Array) -> Any:
     """Of the running mean: float32 whatever x is, or complex64."""
     return jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32
@@ -83,16 +94,6 @@ def _replicas(layer):
     if layer.axis_index_groups is not None:
         replicas["axis_index_groups"] = layer.axis_index_groups
     return replicas
-
-
-def _updated(layer, stats, batch):
-    batch = jax.lax.stop_gradient(batch)
-    batch = skip_nonfinite(batch) if layer.skip_nonfinite else batch
-    estimator = functools.partial(
-        layer.estimator, momentum=layer.momentum, unbiased=layer.unbiased
-    )
-    grouped = batch.mean.ndim > stats.mean.ndim
-    return each(estimator, stats, batch) if grouped else estimator(stats, batch)
 
 
 def _cast(y, dtype):

@@ -58,7 +58,8 @@ def load(
     Args:
       name: the dataset; "set/config:version" for one of tensorflow-datasets.
       validation_fraction: share of the training examples that is carved off, at random
-        but always the same, for choosing among runs; in (0, 1).
+        but always the same, for choosing among runs; in [0, 1). With 0 nothing is, and
+        the validation split is the training split.
       scaling: `standard` (mean 0 and variance 1 in each channel, over the training inputs
         with those held out), `unit` (divided by the largest magnitude) or `raw`.
       data_dir: of tensorflow-datasets; else `TFDS_DATA_DIR`, else its default.
@@ -68,22 +69,27 @@ def load(
     Raises:
       UserError: anything about the names or files that the user can mend.
     """
-    if not 0 < validation_fraction < 1:
-        raise UserError(f"validation_fraction {validation_fraction}: it must be in (0, 1)")
+    if not 0 <= validation_fraction < 1:
+        raise UserError(f"validation_fraction {validation_fraction}: it must be in [0, 1)")
     arrays = _arrays(name, data_dir, cache_dir, say)
     n = len(arrays.train_labels)
     held_out = round(n * validation_fraction)
-    if not 0 < held_out < n:
+    if held_out == n or (validation_fraction and not held_out):
         raise UserError(
             f"validation_fraction {validation_fraction} of {n} examples leaves a part empty"
         )
     order = np.random.default_rng(0).permutation(n)
-    # Sorted: an ordered gather from a mapped file is several times faster.
-    validation, train = np.sort(order[:held_out]), np.sort(order[held_out:])
+
+    def split(rows):
+        # Sorted: an ordered gather from a mapped file is several times faster.
+        rows = np.sort(rows)
+        return Split(*_put(arrays.train_inputs[rows], arrays.train_labels[rows]))
+
+    train = split(order[held_out:])
     offset, factor = _affine(arrays, scaling)
     return Dataset(
-        Split(*_put(arrays.train_inputs[train], arrays.train_labels[train])),
-        Split(*_put(arrays.train_inputs[validation], arrays.train_labels[validation])),
+        train,
+        split(order[:held_out]) if held_out else train,
         Split(*_put(arrays.test_inputs, arrays.test_labels)),
         arrays.num_classes,
         offset,

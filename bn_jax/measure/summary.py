@@ -35,7 +35,8 @@ def summarize(
 
     Each arm appears at its own best point of the grid: the one with the fewest median
     steps to the target on validation, or, where none gets there, the highest median best
-    accuracy. `at_same_learning_rate` has all arms at the baseline's.
+    accuracy. `at_same_learning_rate` has all arms at the baseline's; it is
+    None where there is only one.
 
     Args:
       records: of finished runs, each with its `arm`; every point with the same seeds.
@@ -48,7 +49,6 @@ def summarize(
     goal = _target(by_point[baseline], target)
     best = {arm: _best(points, goal) for arm, points in by_point.items()}
     base = best[baseline]
-    same = {arm: _best(_like(points, base), goal) for arm, points in by_point.items()}
     arms = [_arm(by_point, arm, point, goal) for arm, point in best.items()]
     for row, (arm, point) in zip(arms, best.items(), strict=True):
         row["trainable_learning_rates"] = _trainable(by_point, arm, point, goal)
@@ -58,12 +58,7 @@ def summarize(
         "target": {"metric": "test_accuracy", "value": goal.test, "chosen": goal.chosen},
         "arms": arms,
         "speedup": _speedups(by_point, best, baseline, goal),
-        "at_same_learning_rate": {
-            "learning_rate": base.learning_rate,
-            "init_scale": base.init_scale,
-            "arms": [_arm(by_point, arm, point, goal) for arm, point in same.items()],
-            "speedup": _speedups(by_point, same, baseline, goal),
-        },
+        "at_same_learning_rate": _at_same(by_point, baseline, base, goal),
         "by_point": [
             _arm(by_point, arm, point, goal)
             for arm, points in by_point.items()
@@ -114,6 +109,20 @@ def _like(points, base):
         p: runs
         for p, runs in points.items()
         if (p.learning_rate, p.init_scale) == (base.learning_rate, base.init_scale)
+    }
+
+
+def _at_same(by_point, baseline, base, goal):
+    """All arms at the baseline's rate and initial scale; None where there are no others."""
+    points = itertools.chain.from_iterable(by_point.values())
+    if len({(p.learning_rate, p.init_scale) for p in points}) == 1:
+        return None
+    same = {arm: _best(_like(points, base), goal) for arm, points in by_point.items()}
+    return {
+        "learning_rate": base.learning_rate,
+        "init_scale": base.init_scale,
+        "arms": [_arm(by_point, arm, point, goal) for arm, point in same.items()],
+        "speedup": _speedups(by_point, same, baseline, goal),
     }
 
 

@@ -11,7 +11,7 @@ from bn_jax.report.files import append_record, open_records, read_records, write
 from bn_jax.report.folder import write
 from bn_jax.report.page import html_page
 from bn_jax.report.sentences import speedup_lines
-from bn_jax.report.tables import print_summary, summary_rows, terminal_table
+from bn_jax.report.tables import print_summary, published_rows, summary_rows, terminal_table
 from bn_jax.report.text import Wrong
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "learning_curves",
     "open_records",
     "print_summary",
+    "published_rows",
     "read_records",
     "save_all",
     "speedup_lines",

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bn_jax.report.figures import captions, save_all
+from bn_jax.report.figures import captions, save, save_all
 from bn_jax.report.files import write_atomically
 from bn_jax.report.page import html_page
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 def write(
-    records: list[dict], summary: dict, config: dict, folder: str | Path, question: str
+    records: list[dict],
+    summary: dict,
+    config: dict,
+    folder: str | Path,
+    question: str,
+    more: Sequence[tuple[str, str, Figure]] = (),
 ) -> Path:
     """Writes config.json, summary.json, figures/*.png and report.html; the path of the last.
+
+    Args:
+      records, summary, config, question: as in `html_page` and `save_all`.
+      folder: of the run.
+      more: figures beyond those of every comparison: name of the file, caption, figure.
 
     Raises:
       ValueError: `summary` or `config` holds NaN or infinity, which JSON does not have.
@@ -25,6 +40,8 @@ def write(
         write_atomically(folder / name, text + "\n")
     paths = save_all(records, summary, folder / "figures")
     figures = list(zip(captions(summary), paths, strict=True))
+    for name, caption, figure in more:
+        figures.append((caption, save(figure, folder / "figures" / name)))
     page = folder / "report.html"
     write_atomically(page, html_page(summary, config, figures, question))
     return page

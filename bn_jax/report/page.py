@@ -17,7 +17,7 @@ from bn_jax.report.markup import (
 )
 from bn_jax.report.points import all_rates, label
 from bn_jax.report.sentences import comparisons, nothing_to_compare
-from bn_jax.report.tables import same_rate_rows, summary_rows
+from bn_jax.report.tables import published_rows, same_rate_rows, summary_rows
 from bn_jax.report.text import number, plural, subject, target_text, whole
 
 
@@ -37,6 +37,7 @@ def html_page(
         _answer(summary),
         paragraph(_protocol(summary)),
         section("Each arm at its own best learning rate", _best_table(summary)),
+        *_published(summary),
         section("Figures", *(figure(caption, path) for caption, path in figures)),
         _same_rate(summary),
         section("What the numbers mean", definitions(_meanings(summary, config))),
@@ -45,6 +46,12 @@ def html_page(
         section("The command that repeats it", code(config.get("command") or "")),
     ]
     return document(question, parts)
+
+
+def _published(summary: dict) -> list[str]:
+    header, rows = published_rows(summary)
+    title = "Beside the published numbers"
+    return [section(title, table(title, header, rows))] if rows else []
 
 
 def _answer(summary: dict) -> str:

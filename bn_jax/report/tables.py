@@ -49,6 +49,12 @@ def same_rate_rows(summary: dict) -> Rows | None:
     return _rows(same["arms"], {"arm": _name} | _measured(summary["budget_steps"]) | after)
 
 
+def published_rows(summary: dict) -> Rows:
+    """What a source published beside what was measured here; no rows where there is nothing."""
+    rows = [[r["quantity"], r["here"], r["source"] or ""] for r in summary.get("published", ())]
+    return ["", "here", "published"], rows
+
+
 def print_summary(summary: dict, console: Console | None = None) -> None:
     """What was asked, the table and the sentences, on `console` or standard output.
 

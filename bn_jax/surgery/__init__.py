@@ -4,7 +4,22 @@ A model is a `flax.linen.Module` with its variables, or an `nnx.GraphDef` with i
 every operation is a function from variables to variables.
 """
 
+from bn_jax.surgery.accumulate import accumulate, accumulate_exactly
+from bn_jax.surgery.diagnose import Finding, diagnose, findings_to_json
 from bn_jax.surgery.fold import fold
+from bn_jax.surgery.freeze import decay_mask, freeze, frozen_mask
 from bn_jax.surgery.recalibrate import recalibrate, reset
 
-__all__ = ["fold", "recalibrate", "reset"]
+__all__ = [
+    "Finding",
+    "accumulate",
+    "accumulate_exactly",
+    "decay_mask",
+    "diagnose",
+    "findings_to_json",
+    "fold",
+    "freeze",
+    "frozen_mask",
+    "recalibrate",
+    "reset",
+]

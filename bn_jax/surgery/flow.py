@@ -13,12 +13,19 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
-from bn_jax.surgery.intercept import BATCH_NORMS, Call, Path, apply, intercept, spelled
+from bn_jax.surgery.intercept import (
+    BATCH_NORMS,
+    Call,
+    Model,
+    Path,
+    apply_and_update,
+    intercept,
+    spelled,
+)
 
 LINEAR = (
     nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose,
@@ -33,7 +40,7 @@ class Flow(NamedTuple):
     Attributes:
       calls: the last call of each, in the order of first calls; `call.x` is a
         ShapeDtypeStruct.
-      dtypes: of their outputs.
+      outputs: of each a ShapeDtypeStruct.
       before: of each BatchNorm the linear layer whose output it takes as it is and nothing
         else takes; or why there is none.
       after: of each BatchNorm the linear layer that takes its output as it is and is the
@@ -41,12 +48,12 @@ class Flow(NamedTuple):
     """
 
     calls: dict[Path, Call]
-    dtypes: dict[Path, jnp.dtype]
+    outputs: dict[Path, jax.ShapeDtypeStruct]
     before: dict[Path, Path | str]
     after: dict[Path, Path | str]
 
 
-def trace(model: nn.Module | nnx.GraphDef, variables: Any, *inputs: Any, **call: Any) -> Flow:
+def trace(model: Model, variables: Any, *inputs: Any, **call: Any) -> Flow:
     """The flow of a model in one call.
 
     Args:
@@ -54,7 +61,7 @@ def trace(model: nn.Module | nnx.GraphDef, variables: Any, *inputs: Any, **call:
       *inputs, **call: what the model is called with; of the inputs only shapes matter.
     """
     calls: list[Call] = []
-    dtypes: dict[Path, jnp.dtype] = {}
+    outputs: dict[Path, jax.ShapeDtypeStruct] = {}
 
     def hook(layer_call):
         number = len(calls)
@@ -62,19 +69,20 @@ def trace(model: nn.Module | nnx.GraphDef, variables: Any, *inputs: Any, **call:
         calls.append(layer_call.replace_x(shape))
         x = checkpoint_name(layer_call.x, f"{MARK} in {number}")
         y = layer_call.replace_x(x).proceed()
-        dtypes[layer_call.path] = y.dtype
+        outputs[layer_call.path] = jax.ShapeDtypeStruct(y.shape, y.dtype)
         return checkpoint_name(y, f"{MARK} out {number}")
 
     marked = intercept(model, variables, hook, LINEAR + BATCH_NORMS)
 
     def function(variables, inputs):
-        return apply(marked, variables, *inputs, **call)
+        # With what it writes into its variables: they are consumers too.
+        return apply_and_update(marked, variables, *inputs, **call)
 
     program = _Program(jax.make_jaxpr(function)(variables, inputs).jaxpr)
-    return _flow(calls, dtypes, program)
+    return _flow(calls, outputs, program)
 
 
-def _flow(calls: list[Call], dtypes: dict, program: _Program) -> Flow:
+def _flow(calls: list[Call], outputs: dict, program: _Program) -> Flow:
     times = Counter(call.path for call in calls)
     number = {call.path: n for n, call in enumerate(calls)}
     norms = [p for p, n in number.items() if isinstance(calls[n].layer, BATCH_NORMS)]
@@ -94,6 +102,14 @@ def _flow(calls: list[Call], dtypes: dict, program: _Program) -> Flow:
             return f"{spelled(path)} is called {times[path]} times"
         if number[path] not in program.taken:
             return f"{spelled(path)} is in a loop or a branch"
+        if program.times[number[path]] > 1:
+            return f"{spelled(path)} is in a function that is called several times"
+        return None
+
+    def unmapped(first, second):
+        """Why the axes of two layers may not be the same, if so."""
+        if outputs[first].shape != calls[number[second]].x.shape:
+            return f"{spelled(first)} or {spelled(second)} is in a vmap"
         return None
 
     def before(path):
@@ -101,17 +117,19 @@ def _flow(calls: list[Call], dtypes: dict, program: _Program) -> Flow:
         others = [op for op in program.users[value] if op != _Op("in", number[path])]
         if others:
             return f"what it takes goes to {', '.join(map(said, others))} too"
-        return followed(program.producer[value], "out")
+        linear = followed(program.producer[value], "out")
+        return linear if isinstance(linear, str) else unmapped(linear, path) or linear
 
     def after(path):
         ops = program.users[program.given[number[path]]]
         if len(ops) != 1:
             return f"its output goes to {', '.join(map(said, ops)) or 'nothing'}"
-        return followed(ops[0], "in")
+        linear = followed(ops[0], "in")
+        return linear if isinstance(linear, str) else unmapped(path, linear) or linear
 
     return Flow(
         {p: calls[n] for p, n in number.items()},
-        dtypes,
+        outputs,
         {p: problem(p) or before(p) for p in norms},
         {p: problem(p) or after(p) for p in norms},
     )
@@ -135,6 +153,8 @@ class _Program:
       users: of every value, the operations.
       taken, given: the value that goes into the mark "in", and comes out of the mark "out",
         of each call.
+      times: how often the mark "in" was met; more than once in a function that was traced
+        once and is called several times.
     """
 
     def __init__(self, jaxpr: core.Jaxpr):
@@ -142,6 +162,7 @@ class _Program:
         self.users: dict[int, list[_Op]] = defaultdict(list)
         self.taken: dict[int, int] = {}
         self.given: dict[int, int] = {}
+        self.times: Counter[int] = Counter()
         self._numbers = itertools.count()
         for value in self._read(jaxpr, [next(self._numbers) for _ in jaxpr.invars], None):
             self.users[value].append(_Op("the model's output"))
@@ -177,6 +198,7 @@ class _Program:
             op = _Op(role, int(number))
             if role == "in":
                 self.taken[op.mark] = taken[0]
+                self.times[op.mark] += 1
             else:
                 self.given[op.mark] = given[0]
         for v in taken:

@@ -15,17 +15,18 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
 
-from bn_jax.core.arrays import widen
+from bn_jax.core.arrays import feature_shape, widen
 from bn_jax.surgery import kernels
 from bn_jax.surgery.flow import LINEAR, Flow, trace
 from bn_jax.surgery.intercept import (
     BATCH_NORMS,
+    OURS,
     Call,
+    Model,
     Path,
     apply,
     attributes,
@@ -55,7 +56,7 @@ class Folded(NamedTuple):
         of the largest absolute output.
     """
 
-    model: nn.Module | nnx.GraphDef
+    model: Model
     variables: Any
     pairs: list[Pair]
     refused: dict[Path, str]
@@ -63,7 +64,7 @@ class Folded(NamedTuple):
 
 
 def fold(
-    model: nn.Module | nnx.GraphDef,
+    model: Model,
     variables: Any,
     *inputs: Any,
     tolerance: float = 1e-3,
@@ -117,13 +118,14 @@ def _pair(flow: Flow, variables: Any, norm: Path) -> Pair | str:
     given = [name for name in ("scale", "bias") if call.kwargs.get(name) is not None]
     if given:
         return f"its {' and '.join(given)} come with the call"
+    if get_leaves(variables, norm)["var"].shape != feature_shape(call.x.shape, call.layer.axis):
+        return "its statistics are of several layers: it is repeated by a vmap or a scan"
     reasons = []
     for side, found in (("before", flow.before[norm]), ("after", flow.after[norm])):
         if isinstance(found, str):
             reasons.append(found)
             continue
-        kernel = get_leaves(variables, found)["kernel"]
-        reason = kernels.refusal(flow.calls[found], call, side, kernel.shape)
+        reason = kernels.refusal(flow.calls[found], call, side, get_leaves(variables, found))
         if reason is None:
             return Pair(norm, found, side)
         reasons.append(f"{spelled(found)} {reason}")
@@ -141,7 +143,7 @@ def _without(model, variables, flow, pairs):
     def hook(call: Call):
         if call.path in absorbed:
             activation = getattr(call.layer, "activation", None) or (lambda x: x)
-            return activation(call.x).astype(flow.dtypes[call.path])
+            return activation(call.x).astype(flow.outputs[call.path].dtype)
         if call.path in new:
             with attributes(call.layer, use_bias=True):
                 return call.proceed()
@@ -153,15 +155,23 @@ def _without(model, variables, flow, pairs):
 
 def _affine(call: Call, leaves: dict[str, jax.Array]) -> list[jax.Array]:
     """a and c, of the rank of what the BatchNorm takes."""
-    a = jax.lax.rsqrt(leaves["var"] + call.layer.epsilon) * leaves.get("scale", 1)
+    var = leaves["var"]
+    if isinstance(call.layer, OURS):
+        # In float64, where Flax's layers compute in the dtype of the statistics.
+        var = var.astype(jnp.promote_types(call.x.dtype, var.dtype))
+    a = jax.lax.rsqrt(var + call.layer.epsilon) * leaves.get("scale", 1)
     c = leaves.get("bias", 0) - a * leaves["mean"]
     return widen(call.x, call.layer.axis, a=a, c=c)
 
 
 def _difference(old: Any, new: Any) -> float:
-    def one(a, b):
-        largest = jnp.max(jnp.abs(a))
-        return jnp.max(jnp.abs(a - b)) / jnp.where(largest > 0, largest, 1)
+    """Of the largest finite output; equal infinities, and NaN in both, do not differ."""
 
-    differences = jax.tree.leaves(jax.tree.map(one, old, new))
-    return float(jnp.max(jnp.stack(differences)))
+    def one(a, b):
+        a, b = (np.asarray(v, np.result_type(np.asarray(v), np.float64)) for v in (a, b))
+        largest = np.abs(a[np.isfinite(a)]).max(initial=0)
+        unlike = ~((a == b) | (np.isnan(a) & np.isnan(b)))
+        return np.abs(a[unlike] - b[unlike]).max(initial=0) / (largest or 1)
+
+    pairs = zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
+    return float(max((one(a, b) for a, b in pairs), default=0))

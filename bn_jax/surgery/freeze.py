@@ -15,18 +15,18 @@ import flax.linen as nn
 import jax
 from flax import nnx, traverse_util
 
-from bn_jax.surgery.intercept import Call, Path, intercept, spelled
+from bn_jax.surgery.intercept import Call, Model, Path, intercept, spelled
 
 Pattern = str | Sequence[str]
 
 
 def freeze(
-    model: nn.Module | nnx.GraphDef,
+    model: Model,
     variables: Any,
     *,
     normalize: Pattern = (),
     keep: Pattern = (),
-) -> nn.Module | nnx.GraphDef:
+) -> Model:
     """A model with the same variables, some of whose BatchNorms do not do as in training.
 
     Inference is as before. To unfreeze, go on with the model as it was.

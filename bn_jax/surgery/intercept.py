@@ -7,19 +7,25 @@ subclass in place of the layer's class, which leaves the structure of the variab
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import flax.linen as nn
 import jax
 from flax import nnx
+from flax.linen import transforms
 
 import bn_jax.linen
 import bn_jax.nnx
 
 Path = tuple[str | int, ...]
-BATCH_NORMS = (nn.BatchNorm, bn_jax.linen.BatchNorm, nnx.BatchNorm, bn_jax.nnx.BatchNorm)
+SOWN = "bn_jax.surgery"
+OURS = (bn_jax.linen.BatchNorm, bn_jax.nnx.BatchNorm)
+BATCH_NORMS = (nn.BatchNorm, nnx.BatchNorm, *OURS)
 
 
 class Call(NamedTuple):
@@ -41,7 +47,7 @@ class Call(NamedTuple):
     @property
     def x(self) -> jax.Array:
         """The input."""
-        return (*self.args, *self.kwargs.values())[0]
+        return self.args[0] if self.args else self.kwargs[_first(self.layer)]
 
     @property
     def use_running_average(self) -> bool | None:
@@ -53,16 +59,22 @@ class Call(NamedTuple):
         """The call with another input."""
         if self.args:
             return self._replace(args=(x, *self.args[1:]))
-        return self._replace(kwargs={**self.kwargs, next(iter(self.kwargs)): x})
+        return self._replace(kwargs={**self.kwargs, _first(self.layer): x})
 
     def proceed(self, use_running_average: bool | None = None) -> Any:
         """What the layer returns, a BatchNorm in the given mode if one is given."""
         if use_running_average is None:
             return self.next(*self.args, **self.kwargs)
-        kwargs = {k: v for k, v in self.kwargs.items() if k != "use_running_average"}
+        others = ("use_running_average", _first(self.layer))
+        kwargs = {k: v for k, v in self.kwargs.items() if k not in others}
         # Linen takes it from the constructor or from the call, and not from both.
         with attributes(self.layer, use_running_average=use_running_average):
-            return self.next(*self.args[:1], **kwargs)
+            return self.next(self.x, **kwargs)
+
+
+def _first(layer):
+    """The name of the first argument."""
+    return list(inspect.signature(type(layer).__call__).parameters)[1]
 
 
 def spelled(path: Path) -> str:
@@ -87,20 +99,23 @@ def attributes(module: Any, **values: Any):
 
 
 def intercept(
-    model: nn.Module | nnx.GraphDef,
-    variables: Any,
-    hook: Hook,
-    kinds: tuple[type, ...] = BATCH_NORMS,
-) -> nn.Module | nnx.GraphDef:
+    model: Model, variables: Any, hook: Hook, kinds: tuple[type, ...] = BATCH_NORMS
+) -> Model:
     """A model with the same variables, whose layers of `kinds` return what `hook` returns.
+
+    Of a model that is intercepted already the new hook is the inner one: it is given what
+    the model makes of its layers, a frozen one called with its running statistics, one that
+    is folded away not at all.
 
     Args:
       model, variables: see `bn_jax.surgery`.
       hook: is given each `Call`; `call.proceed()` is what the layer returns by itself.
       kinds: layer classes.
     """
+    if isinstance(model, Intercepted):
+        return Intercepted(model.model, (*model.hooks, (hook, kinds)))
     if isinstance(model, nn.Module):
-        return Intercepted(model, hook, kinds)
+        return Intercepted(model, ((hook, kinds),))
     module = nnx.merge(model, variables, copy=True)
     for path, layer in nnx.iter_modules(module):
         if isinstance(layer, kinds):
@@ -108,35 +123,82 @@ def intercept(
     return nnx.graphdef(module)
 
 
-def apply(model: nn.Module | nnx.GraphDef, variables: Any, *inputs: Any, **call: Any) -> Any:
+def apply(model: Model, variables: Any, *inputs: Any, **call: Any) -> Any:
     """What the model returns; nothing that it does to its variables is kept."""
-    if isinstance(model, nn.Module):
-        mutable = [name for name in variables if name != "params"]
-        return model.apply(variables, *inputs, mutable=mutable, **call)[0]
-    return nnx.merge(model, variables, copy=True)(*inputs, **call)
+    return apply_and_update(model, variables, *inputs, **call)[0]
 
 
-class Intercepted(nn.Module):
-    """A Linen model within an interceptor; its variables are the model's."""
+def apply_and_update(
+    model: Model, variables: Any, *inputs: Any, **call: Any
+) -> tuple[Any, Any]:
+    """What the model returns, and its variables but for Linen's parameters as it leaves them.
+
+    What hooks sow, in Linen into the collection SOWN, is among them.
+    """
+    if isinstance(model, Linen):
+        mutable = [name for name in (*variables, SOWN) if name != "params"]
+        return model.apply(variables, *inputs, mutable=mutable, **call)
+    module = nnx.merge(model, variables, copy=True)
+    return module(*inputs, **call), nnx.state(module)
+
+
+# Part of the key of what JAX caches: that of `nn.jit` knows nothing of interceptors.
+_within = jax.make_user_context()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Intercepted:
+    """A Linen model within interceptors.
+
+    Attributes:
+      model: as it was.
+      hooks: each with the classes of its layers, the outermost first.
+    """
 
     model: nn.Module
-    hook: Hook
-    kinds: tuple[type, ...]
+    hooks: tuple[tuple[Hook, tuple[type, ...]], ...]
 
-    def setup(self):
-        nn.share_scope(self, self.model)
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the model's."""
+        with self._intercepting():
+            return self.model.apply(variables, *args, **kwargs)
 
-    def __call__(self, *inputs: Any, **call: Any) -> Any:
-        """What the model is called with, and returns."""
+    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the model's."""
+        with self._intercepting():
+            return self.model.init(rngs, *args, **kwargs)
 
-        def through(next_fun, args, kwargs, context):
-            layer = context.module
-            if not isinstance(layer, self.kinds) or context.method_name != "__call__":
-                return next_fun(*args, **kwargs)
-            return self.hook(Call(layer.path, layer, args, kwargs, next_fun))
+    @contextlib.contextmanager
+    def _intercepting(self):
+        with nn.intercept_methods(self._through), _within(self.hooks), _no_twins():
+            yield
 
-        with nn.intercept_methods(through):
-            return self.model(*inputs, **call)
+    def _through(self, function, args, kwargs, context):
+        layer = context.module
+        if context.method_name == "__call__":
+            hooks = [(layer.path, h) for h, kinds in self.hooks if isinstance(layer, kinds)]
+            function = _hooked_function(layer, hooks, function)
+        return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _no_twins():
+    """Within it `nn.jit` does not take two modules with equal fields for the same.
+
+    Their paths differ, and so may hooks. Flax has no public way to say so.
+    """
+    plain = transforms._HashableProxy.from_module
+
+    def with_path(module):
+        proxy = plain(module)
+        return dataclasses.replace(proxy, hash_key=hash((proxy.hash_key, module.path)))
+
+    with mock.patch.object(transforms._HashableProxy, "from_module", with_path):
+        yield
+
+
+Linen = nn.Module | Intercepted
+Model = Linen | nnx.GraphDef
 
 
 def _intercept_nnx(layer, path, hook):
@@ -149,15 +211,20 @@ def _intercept_nnx(layer, path, hook):
 
 @functools.cache
 def _hooked(cls):
-    """A subclass, for the hooks that an instance has; the last of them is the outermost."""
+    """A subclass, for the hooks that an instance has."""
 
+    @functools.wraps(cls.__call__)
     def call(self, *args, **kwargs):
         function = functools.partial(cls.__call__, self)
-        for path, hook in self.hooks:
-            function = functools.partial(_through, self, path, hook, function)
-        return function(*args, **kwargs)
+        return _hooked_function(self, self.hooks, function)(*args, **kwargs)
 
     return type(cls.__name__, (cls,), {"__call__": call})
+
+
+def _hooked_function(layer, hooks, function):
+    for path, hook in reversed(hooks):
+        function = functools.partial(_through, layer, path, hook, function)
+    return function
 
 
 def _through(layer, path, hook, function, *args, **kwargs):

@@ -20,19 +20,24 @@ TRANSPOSED = (nn.ConvTranspose, nnx.ConvTranspose)
 PADS_NOTHING = ("VALID", "CIRCULAR", "REFLECT")
 
 
-def refusal(layer: Call, norm: Call, side: str, kernel: tuple[int, ...]) -> str | None:
+def refusal(layer: Call, norm: Call, side: str, leaves: dict[str, jax.Array]) -> str | None:
     """Why the layer cannot absorb the BatchNorm before or after which it stands, if so.
 
     Args:
       layer, norm: their calls.
       side: "before" if the layer is before the BatchNorm, "after" if it is after it.
-      kernel: its shape, as it is among the variables.
+      leaves: its parameters.
     """
     module = layer.layer
-    if len(kernel) != _rank(module):
-        return f"has a kernel of shape {kernel}: it is repeated by a vmap or a scan"
+    if "kernel" not in leaves:
+        return "has its kernel in common with another layer"
+    kernel = leaves["kernel"].shape
     if isinstance(module, GENERAL) and _batched(module):
         return "has batch axes"
+    if len(kernel) != _rank(module):
+        return f"has a kernel of shape {kernel}: it is repeated by a vmap or a scan"
+    if side == "after" and getattr(norm.layer, "activation", None) is not None:
+        return "would have to come before the BatchNorm's activation"
     _, reduced = split_axes(norm.x.shape, norm.layer.axis)
     kept = set(range(len(norm.x.shape))) - set(reduced)
     if not kept <= set(_feature_axes(layer, norm, side)):
@@ -53,7 +58,7 @@ def _refused_inputs(module, kernel):
     padding = module.padding
     if (padding == "SAME" and math.prod(kernel[:-2]) == 1) or padding in PADS_NOTHING:
         return None
-    if not isinstance(padding, str) and not jnp.asarray(padding).any():
+    if not isinstance(padding, str) and not any(jax.tree.leaves(padding)):
         return None
     return f"pads with zeros, which the BatchNorm would not have normalised: {padding}"
 
@@ -72,20 +77,25 @@ def absorb(
     module, kernel = layer.layer, leaves["kernel"]
     outputs = _outputs(module, kernel.shape)
     bias = leaves.get("bias", jnp.zeros(outputs, kernel.dtype))
+    new_kernel, new_bias = _absorbed(layer, kernel, bias, a, c, side)
+    return {"kernel": new_kernel.astype(kernel.dtype), "bias": new_bias.astype(bias.dtype)}
+
+
+def _absorbed(layer, kernel, bias, a, c, side):
+    module = layer.layer
     if side == "before":
-        a, c = (v.reshape(v.shape[v.ndim - len(outputs) :]) for v in (a, c))
+        a, c = (v.reshape(v.shape[v.ndim - bias.ndim :]) for v in (a, c))
         over_outputs = a[:, None] if getattr(module, "transpose_kernel", False) else a
-        return {"kernel": kernel * _ranked(over_outputs, kernel.ndim), "bias": bias * a + c}
+        return kernel * _ranked(over_outputs, kernel.ndim), bias * a + c
     a, c = (_ranked(_over_inputs(module, layer, kernel.shape, v), kernel.ndim) for v in (a, c))
-    inputs = tuple(range(kernel.ndim - len(outputs)))
-    return {"kernel": kernel * a, "bias": bias + jnp.sum(kernel * c, axis=inputs)}
+    return kernel * a, bias + jnp.sum(kernel * c, axis=tuple(range(kernel.ndim - bias.ndim)))
 
 
 def _over_inputs(module, layer, kernel, v):
     """A value per input, so that it broadcasts against the kernel."""
     if isinstance(module, GENERAL):
         ndim = len(layer.x.shape)
-        axes = [a % ndim for a in _tuple(module.axis)]
+        axes = sorted(a % ndim for a in _tuple(module.axis))  # as Flax does
         others = [a for a in range(ndim) if a not in axes]
         v = jnp.transpose(v, others + axes)
         return v.reshape(v.shape[len(others) :] + (1,) * (len(kernel) - len(axes)))

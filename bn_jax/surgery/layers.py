@@ -14,11 +14,20 @@ import jax
 from flax import nnx, traverse_util
 
 from bn_jax.core.moments import Moments, merge, moments
-from bn_jax.surgery.intercept import Call, Path, apply, intercept
+from bn_jax.surgery.intercept import (
+    SOWN,
+    Call,
+    Model,
+    Path,
+    apply,
+    apply_and_update,
+    intercept,
+    spelled,
+)
 
 
 def run(
-    model: nn.Module | nnx.GraphDef,
+    model: Model,
     variables: Any,
     *inputs: Any,
     see: Callable[[Call], None],
@@ -42,7 +51,7 @@ def run(
 
 
 def batch_moments(
-    model: nn.Module | nnx.GraphDef,
+    model: Model,
     variables: Any,
     *inputs: Any,
     inference: Collection[Path] = (),
@@ -52,15 +61,39 @@ def batch_moments(
 
     Those of a layer that is called several times are merged. Arguments as for `run`.
     """
-    found: dict[Path, Moments] = {}
+    layers: dict[Path, Any] = {}
 
-    def see(layer_call):
-        seen = input_moments(layer_call)
-        path = layer_call.path
-        found[path] = merge(found[path], seen) if path in found else seen
+    def hook(layer_call):
+        layers[layer_call.path] = layer_call.layer
+        _sow(layer_call.layer, input_moments(layer_call))
+        return layer_call.proceed(True if layer_call.path in inference else None)
 
-    run(model, variables, *inputs, see=see, inference=inference, **call)
-    return found
+    _, after = apply_and_update(intercept(model, variables, hook), variables, *inputs, **call)
+    return {path: _sown(after, path) for path in layers}
+
+
+def _sow(layer, new):
+    """Leaves the Moments among the variables, which come out of `nn.remat` and the like."""
+
+    def merged(old, new):
+        return new if old is None else merge(old, new)
+
+    if isinstance(layer, nn.Module):
+        layer.sow(SOWN, "moments", new, init_fn=lambda: None, reduce_fn=merged)
+    else:
+        old = getattr(layer, "sown_moments", None)
+        layer.sown_moments = nnx.Intermediate(merged(old and old.get_value(), new))
+
+
+def _sown(variables, path):
+    try:
+        if isinstance(variables, nnx.State):
+            return dict(nnx.to_flat_state(variables))[*path, "sown_moments"].get_value()
+        return traverse_util.flatten_dict(variables[SOWN])[*path, "moments"]
+    except KeyError:
+        raise ValueError(
+            f"{spelled(path)} is within a scan or the like, which statistics do not come out of"
+        ) from None
 
 
 def input_moments(call: Call) -> Moments:
@@ -72,9 +105,7 @@ def input_moments(call: Call) -> Moments:
     )  # fmt: skip
 
 
-def layer_paths(
-    model: nn.Module | nnx.GraphDef, variables: Any, *inputs: Any, **call: Any
-) -> list[Path]:
+def layer_paths(model: Model, variables: Any, *inputs: Any, **call: Any) -> list[Path]:
     """The BatchNorm layers that a call uses, in the order of their first use."""
     paths: dict[Path, None] = {}
 

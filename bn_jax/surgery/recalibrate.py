@@ -11,18 +11,17 @@ import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from bn_jax.core.moments import Moments
 from bn_jax.core.population import pooled
+from bn_jax.surgery.intercept import Model
 from bn_jax.surgery.layers import batch_moments, get_stats, layer_paths, set_stats
 
 
 def recalibrate(
-    model: nn.Module | nnx.GraphDef,
+    model: Model,
     variables: Any,
     batches: Iterable[Any],
     *,
@@ -110,7 +109,7 @@ def _inputs(batch):
     return batch if isinstance(batch, tuple) else (batch,)
 
 
-def reset(model: nn.Module | nnx.GraphDef, variables: Any, *inputs: Any, **call: Any) -> Any:
+def reset(model: Model, variables: Any, *inputs: Any, **call: Any) -> Any:
     """The variables with every BatchNorm's mean at 0, variance at 1 and count of updates at 0.
 
     Args:

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 from flax import nnx, traverse_util
 
-from bn_jax.surgery.intercept import Path
+from bn_jax.surgery.intercept import Linen, Model, Path
 
 COLLECTIONS = ("params", "batch_stats")
 
@@ -27,17 +27,17 @@ def get_leaves(variables: Any, path: Path) -> dict[str, jax.Array]:
 
 
 def replace_leaves(
-    model: nn.Module | nnx.GraphDef,
+    model: Model,
     variables: Any,
     new: dict[Path, dict[str, jax.Array]],
     gone: Collection[Path],
-) -> tuple[nn.Module | nnx.GraphDef, Any]:
+) -> tuple[Model, Any]:
     """The model with other parameters in some layers, and none in those that are gone.
 
     And its variables. In NNX the model is another one too, since it lists its variables. A
     parameter keeps its dtype and metadata; one that is new has no metadata.
     """
-    if isinstance(model, nn.Module):
+    if isinstance(model, Linen):
         return model, _replace_linen(variables, new, gone)
     module = nnx.merge(model, variables, copy=True)
     layers = dict(nnx.iter_modules(module))

@@ -113,8 +113,14 @@ def test_the_validation_fraction(name, fraction):
     assert rows(dataset.train, dataset.validation) == rows(*splits(load(name))[:2])
 
 
-@pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan"), float("inf")])
-def test_fractions_outside_of_0_and_1_are_refused(fraction):
+def test_nothing_held_out(name):
+    dataset = load(name, validation_fraction=0)
+    assert rows(dataset.train) == rows(*splits(load(name))[:2])
+    assert dataset.validation is dataset.train
+
+
+@pytest.mark.parametrize("fraction", [1, -0.1, 1.5, float("nan"), float("inf")])
+def test_fractions_outside_of_0_to_1_are_refused(fraction):
     with pytest.raises(UserError, match=f"validation_fraction {fraction}"):
         load("digits", validation_fraction=fraction)
 

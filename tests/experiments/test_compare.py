@@ -240,7 +240,7 @@ NUMBERS = [
     ("--target=0", "in (0, 1]"),
     ("--target=-0.5", "in (0, 1]"),
     ("--target=nan", "in (0, 1]"),
-    ("--validation_fraction=1", "(0, 1)"),
+    ("--validation_fraction=1", "[0, 1)"),
     ("--batch_size=1079", "more than the 1078 training examples of digits"),
 ]
 NOT_NUMBERS = ["--learning_rates=x", "--learning_rates=0.1,x", "--seeds=x", "--target=x"]

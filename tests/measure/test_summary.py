@@ -126,5 +126,11 @@ def test_momenta_at_the_same_rate_are_chosen_on_validation():
         *(record("bn", 0.1, s, slow(), momentum=0.99) for s in range(3)),
         *(record("bn", 0.1, s, fast(), momentum=0.9) for s in range(3)),
     ]
+    runs += [record("none", 0.5, s, slow()) for s in range(3)]
     summary = summarize(runs, baseline="none")
     assert only(summary["at_same_learning_rate"]["arms"], arm="bn")["momentum"] == 0.9
+
+
+def test_one_rate_is_not_compared_twice():
+    runs = [record(arm, 0.1, s, slow()) for arm in ("none", "bn") for s in range(3)]
+    assert summarize(runs, baseline="none")["at_same_learning_rate"] is None

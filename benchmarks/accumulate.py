@@ -1,0 +1,189 @@
+"""Time and memory of a step's gradient: the big batch, and two ways to accumulate it.
+
+`accumulate` normalises micro-batches by their own statistics, `accumulate_exactly` by those
+of the whole batch; `python -m benchmarks.accumulate` runs both beside the big batch on the
+MLP and the CNN of `bn_jax.models`, on random images, 4 and 16 micro-batches to a batch.
+
+All run in one process, each once in every round; what counts is the median over the rounds,
+of times and of ratios within a round. `parts` are micro-batches; `MB` is temporary memory of
+the compiled program; `difference` is the largest of the gradients from the big batch's, over
+the largest of these. (On CPU XLA is many times slower at a convolution within a loop, and
+the micro-batches are a loop.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.timing import interleave, keep_memory, median_ratio
+from bn_jax.errors import UserError
+from bn_jax.linen import BatchNorm
+from bn_jax.models import CNN, MLP
+from bn_jax.report.text import number, padded
+from bn_jax.surgery.accumulate import accumulate, accumulate_exactly
+from bn_jax.training.metrics import cross_entropy
+from experiments import flags
+from experiments.flags import flag
+
+CLASSES, BIG = 10, "big batch"
+# A ReLU's derivative is another one where rounding changes the sign of its argument.
+FIELDS = {"norm": BatchNorm, "activation": "gelu"}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": lambda: MLP((512,) * 6, CLASSES, **FIELDS),
+    "cnn": lambda: CNN((32, 64, 64), CLASSES, **FIELDS),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every flag of the benchmark; see `python -m benchmarks.accumulate --help`."""
+
+    models: tuple[str, ...] = flag(tuple(MODELS), f"of {', '.join(MODELS)}")
+    batch: int = flag(256, "examples in a step")
+    size: int = flag(32, "height and width of the images")
+    micro_batches: tuple[int, ...] = flag((4, 16), "to a step; they divide the batch")
+    rounds: int = flag(5, "how often everything is timed")
+    page_faults: bool = flag(
+        False, "leave the allocator as it is, which maps large arrays anew at every call"
+    )
+
+    def __post_init__(self):
+        for name in self.models:
+            if name not in MODELS:
+                raise UserError(f"--models: {name!r} is none of {', '.join(MODELS)}")
+        for count in self.micro_batches:
+            if count < 1 or self.batch % count or self.batch == count:
+                raise UserError(
+                    f"--micro_batches: {count} does not split a batch of {self.batch} into "
+                    "parts of two examples at least"
+                )
+
+
+class Contestant(NamedTuple):
+    """`call()` gives (value, gradients, variables); seconds to compile, bytes in use."""
+
+    call: Callable[[], Any]
+    compiling: float
+    temporary: int
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """Prints a table for each model; its rows come back."""
+    console = Console(highlight=False)
+    if not config.page_faults:
+        keep_memory()
+    console.print(
+        f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores"
+    )
+    rows = []
+    for name in config.models:
+        new = measure(name, config)
+        console.print()
+        console.print(table(new))
+        rows += new
+    return rows
+
+
+def measure(name: str, config: Config) -> list[dict[str, Any]]:
+    """A row for the big batch and for each form and number of micro-batches."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(config.batch, config.size, config.size, 3)), jnp.float32)
+    batch = x, jnp.asarray(rng.integers(0, CLASSES, config.batch))
+    model = MODELS[name]()
+    variables = model.init(jax.random.key(0), x[:1], train=False)
+    entered = {(BIG, 1): prepare(on_one_batch, model, variables, batch)}
+    for count in config.micro_batches:
+        parts = jax.tree.map(lambda v, n=count: v.reshape(n, -1, *v.shape[1:]), batch)
+        for form in (accumulate, accumulate_exactly):
+            step = functools.partial(form, train=True)
+            entered[form.__name__, count] = prepare(step, model, variables, parts)
+    seconds = interleave({key: c.call for key, c in entered.items()}, config.rounds)
+    wanted = entered[BIG, 1].call()[1]
+    return [
+        {
+            "model": name,
+            "form": form,
+            "micro_batches": count,
+            "seconds": statistics.median(seconds[form, count]),
+            "to_big": median_ratio(seconds, (form, count), (BIG, 1)),
+            "compiling": contestant.compiling,
+            "temporary": contestant.temporary,
+            "difference": difference(contestant.call()[1], wanted),
+        }
+        for (form, count), contestant in entered.items()
+    ]
+
+
+def prepare(step: Callable[..., Any], model: nn.Module, variables: Any, batch: Any):
+    """The step, compiled for the batch."""
+    program = jax.jit(lambda variables, batch: step(model, variables, mean_loss, batch))
+    start = time.perf_counter()
+    compiled = program.lower(variables, batch).compile()
+    return Contestant(
+        functools.partial(compiled, variables, batch),
+        time.perf_counter() - start,
+        compiled.memory_analysis().temp_size_in_bytes,
+    )
+
+
+def on_one_batch(model: nn.Module, variables: Any, loss: Callable[..., Any], batch: Any):
+    """What `accumulate` gives, of one batch as everyone trains on it."""
+    inputs, targets = batch
+
+    def value(params):
+        own = {**variables, "params": params}
+        outputs, new = model.apply(own, inputs, train=True, mutable=["batch_stats"])
+        return loss(outputs, targets), {**variables, **new}
+
+    of = jax.value_and_grad(value, has_aux=True)
+    (value, variables), gradients = of(variables["params"])
+    return value, gradients, variables
+
+
+def mean_loss(outputs: jax.Array, labels: jax.Array) -> jax.Array:
+    """In nats, `[]`."""
+    return cross_entropy(outputs, labels).mean()
+
+
+def difference(got: Any, wanted: Any) -> float:
+    """The largest between two trees, over the largest of the second."""
+    apart = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), got, wanted)
+    largest = jax.tree.map(lambda b: jnp.max(jnp.abs(b)), wanted)
+    return float(max(jax.tree.leaves(apart)) / max(jax.tree.leaves(largest)))
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """A line for each row, of one model."""
+    result = Table(title=rows[0]["model"], title_justify="left", title_style="bold", box=None)
+    names = ("", "parts", "ms", "/big", "MB", "/big", "compile (s)", "difference")
+    for i, name in enumerate(names):
+        result.add_column(name, justify="right" if i else "left")
+    for row in rows:
+        result.add_row(
+            row["form"],
+            str(row["micro_batches"]),
+            padded(1e3 * row["seconds"]),
+            f"{row['to_big']:.2f}",
+            padded(row["temporary"] / 1e6),
+            f"{row['temporary'] / rows[0]['temporary']:.2f}",
+            padded(row["compiling"]),
+            number(row["difference"]),
+        )
+    return result
+
+
+if __name__ == "__main__":
+    flags.main(Config, run)

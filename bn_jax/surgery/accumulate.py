@@ -1,0 +1,221 @@
+"""Gradient accumulation: one step's gradient and running statistics from micro-batches.
+
+A batch that does not fit into memory goes through the network in parts. BatchNorm makes a
+choice of it: normalised by its own statistics a micro-batch is a small batch (`accumulate`,
+what everyone does), by those of all micro-batches together it is a part of the big one
+(`accumulate_exactly`, which passes over the network more often).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import bn_jax.linen
+import bn_jax.nnx
+from bn_jax.core.arrays import abs2
+from bn_jax.core.layer import updated
+from bn_jax.core.moments import Moments
+from bn_jax.core.running import BatchStats, ema
+from bn_jax.surgery.intercept import Model
+from bn_jax.surgery.layers import get_stats, input_moments, set_stats
+from bn_jax.surgery.micro_batches import (
+    GHOSTS,
+    Forward,
+    join,
+    merged,
+    named,
+    scan,
+    split,
+    zeros,
+)
+
+Loss = Callable[[Any, Any], jax.Array]
+RENORMS = (bn_jax.linen.BatchRenorm, bn_jax.nnx.BatchRenorm)
+
+
+def accumulate(
+    model: Model,
+    variables: Any,
+    loss: Loss,
+    micro_batches: tuple[Any, Any],
+    **call: Any,
+) -> tuple[jax.Array, Any, Any]:
+    """Value, gradients and variables of a step whose micro-batches are batches by themselves.
+
+        value, gradients = mean over micro-batches of loss(output, targets), and its gradient
+
+    Every BatchNorm normalises a micro-batch by its statistics. The running statistics move
+    once, by the layer's own rule, with the Moments of all micro-batches together (of a layer
+    that is called several times, once for each call, as on one batch). A GhostBatchNorm
+    moves with one group after another, as always; where the groups, not strided, divide the
+    micro-batch it does what it does on the big batch. To be jitted, in a train step:
+
+        value, gradients, variables = accumulate(model, variables, loss, batches, train=True)
+        updates, opt_state = optimizer.update(gradients, opt_state, variables["params"])
+
+    Micro-batches count alike. Where examples are masked, give them weights among the targets
+    whose mean over all micro-batches is 1, and let the loss be the mean of the weighted. The
+    running statistics count what the mask counts.
+
+    Args:
+      model, variables: see `bn_jax.surgery`.
+      loss: (output, targets) to the mean over the examples of a micro-batch, `[]`.
+      micro_batches: (inputs, targets) with a first axis of micro-batches. Inputs are an
+        array, or the tuple of the model's positional arguments, a mask among them.
+      **call: what the model is called with besides, alike for all micro-batches; but each
+        has keys of its own from Linen's `rngs`, by `jax.random.fold_in` of its number.
+        (NNX has its streams in the variables, where they move on.)
+
+    Returns:
+      The mean loss; its gradients, of the structure of `params` (NNX: State of nnx.Param);
+      and the variables, of which the parameters are as they were.
+
+    Raises:
+      ValueError: a BatchNorm within remat, scan or jit of Flax, or micro-batches of
+        different numbers.
+    """
+    forward, (params, state) = Forward(model, call), split(variables)
+
+    def one(state, number, inputs, targets):
+        def value(params):
+            output, calls, after = forward(params, state, number, inputs, None)
+            return loss(output, targets), (list(map(input_moments, calls)), after)
+
+        (value, (seen, after)), gradients = jax.value_and_grad(value, has_aux=True)(params)
+        return gradients, (value, seen), after
+
+    calls = forward.calls(params, state, micro_batches)
+    total, (values, seen), state = scan(one, zeros(params), state, micro_batches)
+    state = _moved(state, calls, map(merged, seen))
+    return values.mean(), _mean(total, params, len(values)), join(params, state)
+
+
+def accumulate_exactly(
+    model: Model,
+    variables: Any,
+    loss: Loss,
+    micro_batches: tuple[Any, Any],
+    **call: Any,
+) -> tuple[jax.Array, Any, Any]:
+    """Value, gradients and variables of the step on all micro-batches as one batch.
+
+    The activations of one micro-batch are in memory at a time. With s_k the Moments, over
+    all micro-batches, of what the k-th of K calls of BatchNorms normalises:
+
+        forwards    for k = 1 .. K: s_k, where the calls before it normalise by s_1 .. s_k-1
+        gradient    of the mean loss in (params, s_1 .. s_K), all of them arguments
+        backwards   for k = K .. 1: with (a, b) what was added up for (mean_k, var_k), add the
+                    gradient in (params, s_1 .. s_k-1) of
+
+                    sum_i w_i/n (a x_i + b |x_i - mean_k|^2),    a, b, mean_k constants
+
+    x being the input of the call (the mean square about any constant has at the mean no
+    derivative by it, which makes that the chain rule). Every k takes one pass forwards and
+    another one both ways through the network up to the call.
+
+    Arguments and results are those of `accumulate`. A micro-batch may be of one example;
+    what is masked must be finite.
+
+    Raises:
+      ValueError: as `accumulate`; a GhostBatchNorm or BatchRenorm, or an axis_name.
+    """
+    forward, (params, state) = Forward(model, call), split(variables)
+    calls = forward.calls(params, state, micro_batches)
+    _refuse([call for call, _ in calls])
+    stats: list[Moments] = []
+    for _ in calls:
+        stats.append(_next_moments(forward, params, state, stats, micro_batches))
+    sums, values, after = _gradient(forward, loss, params, state, stats, micro_batches)
+    for k in reversed(range(len(calls))):
+        total, (*adjoints, mine) = sums
+        link = functools.partial(_link, stats[k], mine)
+        sums = total, adjoints
+        sums = _through_moments(forward, link, params, state, stats[:k], sums, micro_batches)
+    state = _moved(after, calls, stats)
+    return values.mean(), _mean(sums[0], params, len(values)), join(params, state)
+
+
+def _next_moments(forward, params, state, stats, micro_batches):
+    """Of the first call that is without statistics, over all micro-batches."""
+
+    def one(state, number, inputs, _):
+        _, calls, after = forward(params, state, number, inputs, stats)
+        return (), input_moments(calls[len(stats)]), after
+
+    return merged(scan(one, (), state, micro_batches)[1])
+
+
+def _gradient(forward, loss, params, state, stats, micro_batches):
+    """The sum of the loss's gradients in (params, stats), the losses, and the state after."""
+
+    def one(state, number, inputs, targets):
+        def value(params, stats):
+            output, _, after = forward(params, state, number, inputs, stats)
+            return loss(output, targets), after
+
+        of = jax.value_and_grad(value, (0, 1), has_aux=True)
+        (value, after), gradients = of(params, stats)
+        return gradients, value, after
+
+    return scan(one, zeros((params, stats)), state, micro_batches)
+
+
+def _through_moments(forward, link, params, state, stats, sums, micro_batches):
+    """The sums, with the gradients in (params, stats) of link(the next call's Moments)."""
+
+    def one(state, number, inputs, _):
+        def value(params, stats):
+            _, calls, after = forward(params, state, number, inputs, stats)
+            return link(input_moments(calls[len(stats)])), after
+
+        gradients, after = jax.grad(value, (0, 1), has_aux=True)(params, stats)
+        return gradients, (), after
+
+    return scan(one, sums, state, micro_batches)[0]
+
+
+def _link(whole, adjoint, part):
+    """What a part adds to the whole's mean and variance, times their adjoints."""
+    share = part.count / jnp.where(whole.count > 0, whole.count, 1)
+    square = part.var + abs2(part.mean - whole.mean)
+    return jnp.sum(share * (adjoint.mean * part.mean + adjoint.var * square).real)
+
+
+def _mean(total, params, size):
+    return jax.tree.map(lambda t, p: (t / size).astype(p.dtype), total, params)
+
+
+def _moved(state, calls, moments):
+    """The state after one update of running statistics for each call that makes one."""
+    for (call, moves), batch in zip(calls, moments, strict=True):
+        if moves and not isinstance(call.layer, GHOSTS):
+            stats = get_stats(state, call.path)
+            before = BatchStats(**{"count": jnp.int32(0)} | stats)
+            after = _update(call.layer, before, batch)
+            new = {name: getattr(after, name) for name in stats}
+            state = set_stats(state, {call.path: new})
+    return state
+
+
+def _update(layer, stats, batch):
+    if hasattr(layer, "estimator"):
+        return updated(layer, stats, batch)
+    return ema(stats, batch, momentum=layer.momentum)
+
+
+def _refuse(calls):
+    for call in calls:
+        if isinstance(call.layer, (*GHOSTS, *RENORMS)):
+            raise ValueError(
+                f"{named(call)} normalises by more, or less, than the batch: use accumulate"
+            )
+        if call.layer.axis_name is not None:
+            raise ValueError(
+                f"{named(call)} has axis_name={call.layer.axis_name!r}: shard the examples "
+                "under jit, without it"
+            )

@@ -1,0 +1,106 @@
+"""What is wrong with how a layer is trained, and called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx, traverse_util
+
+from bn_jax.surgery.diagnose.findings import Finding
+from bn_jax.surgery.diagnose.layers import Norm
+from bn_jax.surgery.diagnose.modes import Mode, proceed_alone
+from bn_jax.surgery.flow import trace
+from bn_jax.surgery.intercept import intercept, spelled
+from bn_jax.surgery.tree import get_leaves
+
+# A schedule may begin with a rate of 0, and updates may be of several batches together.
+STEPS = 64
+
+
+def check_mode(norms: Iterable[Norm]) -> Iterator[Finding]:
+    """Layers that normalise by the batch in evaluation."""
+    for norm in norms:
+        if norm.training:
+            yield Finding(
+                "training_mode_in_evaluation", norm.path, 1, 0,
+                "it normalises by the batch in the evaluation call",
+                "hand use_running_average down to it, or say how to evaluate: evaluate={...}",
+            )  # fmt: skip
+
+
+def check_decay(optimizer: Any, variables: Any, norms: Iterable[Norm]) -> Iterator[Finding]:
+    """Scales that the optimizer moves though no gradient does."""
+    moved = decayed(optimizer, _params(variables))
+    for norm in norms:
+        share = moved.get((*norm.path, "scale"), 0.0)
+        if share > 0:
+            yield Finding(
+                "decayed_scale", norm.path, share, 0,
+                f"without a gradient the optimizer takes {share:.2g} of the scale in a step",
+                "keep weight decay off it by a mask: surgery.decay_mask has one",
+            )  # fmt: skip
+
+
+def decayed(optimizer: Any, params: dict) -> dict:
+    """Of each parameter, the largest share that a step takes of it with gradients of 0.
+
+    It is what the updates owe to the parameters: those with the parameters, less those with
+    zeros in their place, which are noise that the optimizer adds. Of `STEPS` steps.
+    """
+    zeros = jax.tree.map(jnp.zeros_like, params)
+
+    def step(carry, _):
+        (state, other), most = carry
+        updates, state = optimizer.update(zeros, state, params)
+        noise, other = optimizer.update(zeros, other, zeros)
+        shares = jax.tree.map(_share, updates, noise, params)
+        return ((state, other), jax.tree.map(jnp.maximum, most, shares)), None
+
+    start = optimizer.init(params)
+    none = jax.tree.map(lambda _: jnp.float32(0), params)
+    (_, most), _ = jax.lax.scan(step, ((start, start), none), length=STEPS)
+    return {p: float(v) for p, v in _flat(most).items()}
+
+
+def check_biases(
+    mode: Mode, variables: Any, inputs: tuple, norms: list[Norm]
+) -> Iterator[Finding]:
+    """Biases that the BatchNorm after them subtracts again, with the mean."""
+    model = mode.model
+    if any(norm.layer.axis_name is not None for norm in norms):
+        model = intercept(model, variables, proceed_alone)
+    before = trace(model, variables, *inputs, **mode.call).before
+    for norm in norms:
+        path = before.get(norm.path, "")
+        if isinstance(path, str) or not norm.training:
+            continue
+        bias = get_leaves(variables, path).get("bias")
+        if bias is not None:
+            yield Finding(
+                "useless_bias", path, bias.size, 0,
+                f"{spelled(norm.path)} subtracts its {bias.size} biases with the mean",
+                "use_bias=False",
+            )  # fmt: skip
+
+
+def _params(variables):
+    if isinstance(variables, nnx.State):
+        return nnx.as_pure(nnx.filter_state(variables, nnx.Param))
+    return nn.unbox(variables["params"])
+
+
+def _flat(tree):
+    if isinstance(tree, nnx.State):
+        return dict(nnx.to_flat_state(tree))
+    return traverse_util.flatten_dict(tree)
+
+
+def _share(update, noise, param):
+    # Two programs may round the same noise differently.
+    apart = jnp.where(jnp.isclose(update, noise, 1e-5, 0), 0, jnp.abs(update - noise))
+    largest = jnp.abs(param).max()
+    return (apart.max() / jnp.where(largest > 0, largest, 1)).astype(jnp.float32)

@@ -1,0 +1,146 @@
+"""Two circles: does BatchNorm help a network of one hidden layer, before or after the ReLU?
+
+scikit-learn's `make_circles(1000, noise=.1)`, half of it to train on; Dense 50 ReLU, Dense 1
+sigmoid; gradient descent with rate .01 and momentum .9, batches of 32, 100 epochs, 100 seeds;
+the number of epochs until 80 % of the test set are right. Variations: BatchNorm without
+scale and bias, with momentum 0 (the statistics of the last batch alone), on the input.
+
+The source is a tutorial in Keras, which initialises uniformly where we do normally.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from experiments import compare, flags
+from experiments.flags import flag
+
+EXPERIMENT = "circles"
+QUESTION = "Does BatchNorm help on two circles, before or after the activation?"
+STEPS_PER_EPOCH = 500 // 32
+QUICK = 10  # seeds
+# Accuracy on the training and test set, and epochs until 80 % of the test set are right.
+PUBLISHED = {
+    "none": (".838 / .846", "30 to 40"),
+    "bn": (".846 / .848", "within 20"),
+    "bn_before": (".826 / .830", "no fewer than none"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(compare.Config):
+    """Every flag of the experiment; see `python -m experiments.circles --help`."""
+
+    dataset: str = flag("circles", "as in experiments.compare")
+    features: tuple[int, ...] | None = flag((50,), "widths of the hidden layers")
+    activation: str = flag("relu", "relu, sigmoid, tanh, elu or gelu")
+    arms: tuple[str, ...] = flag(
+        ("none", "bn", "bn_before", "bn_no_affine", "bn_momentum_0", "bn_input"),
+        "networks to compare, of these; bn has it after the activation, as have the variations",
+    )
+    places: tuple[str, ...] = flag(("after",), "where the norm goes in arms that do not say")
+    optimizer: str = flag("sgd_momentum", "sgd, sgd_momentum or adam")
+    learning_rates: tuple[float, ...] = flag((0.01,), "learning rates to try")
+    momentums: tuple[float, ...] = flag((0.99,), "momenta of the running statistics to try")
+    seeds: int = flag(100, "how many seeds at each point of the grid")
+    steps: int = flag(100 * STEPS_PER_EPOCH, "training steps of a run")
+    batch_size: int = flag(32, "examples in a training step")
+    eval_every: int = flag(STEPS_PER_EPOCH, "training steps between evaluations")
+    target: float | None = flag(0.8, "test accuracy to reach")
+    validation_fraction: float = flag(0.0, "as in experiments.compare")
+    scaling: str = flag("raw", "of the input: standard, unit or raw")
+    quick: bool = flag(False, f"{QUICK} seeds")
+
+    def __post_init__(self):
+        if self.quick:
+            object.__setattr__(self, "seeds", QUICK)
+        super().__post_init__()
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Compares, fills the workdir, prints the tables; the summary comes back."""
+    return compare.run(
+        config, experiment=EXPERIMENT, question=QUESTION, known=arms(), extra=extra
+    )
+
+
+def arms() -> dict[str, compare.Arm]:
+    """The six networks, and the other norms of `experiments.compare`."""
+    from bn_jax.linen import BatchNorm
+
+    plain = functools.partial(BatchNorm, use_scale=False, use_bias=False)
+    return compare.norm_arms() | {
+        "bn_before": compare.Arm(BatchNorm, ("before",), momentums=None),
+        "bn_no_affine": compare.Arm(plain, ("after",), momentums=None),
+        "bn_momentum_0": compare.Arm(BatchNorm, ("after",), momentums=(0.0,)),
+        "bn_input": compare.Arm(BatchNorm, ("input",), momentums=None),
+    }
+
+
+def extra(config: Config, dataset: Any, runs: dict, records: list, summary: dict) -> Any:
+    """The published numbers beside ours, and the decision regions of the first seed."""
+    published = list(rows(records, summary))
+    figures = ()
+    if dataset.train.inputs.shape[1:] == (2,) and dataset.num_classes == 2:
+        figures = (regions(config, dataset, runs, summary),)
+    return compare.Extra({"published": published}, figures)
+
+
+def rows(records: list[dict], summary: dict) -> Any:
+    """Final accuracy and epochs to the target, of every arm."""
+    import statistics
+
+    for arm in summary["arms"]:
+        name, steps = arm["arm"], arm["steps_to_target"]
+        own = [r for r in records if r["arm"] == name]
+        accuracies, epochs = PUBLISHED.get(name, (None, None))
+        final = [
+            statistics.median(r[f"{split}_accuracy"][-1] or 0.0 for r in own)
+            for split in ("validation", "test")
+        ]
+        yield {
+            "quantity": f"{name}: accuracy, training / test",
+            "here": " / ".join(f"{v:.3f}".lstrip("0") for v in final),
+            "source": accuracies,
+        }
+        yield {
+            "quantity": f"{name}: epochs to {summary['target']['value']:.0%}",
+            "here": _epochs(steps, arm["reached"], arm["seeds"]),
+            "source": epochs,
+        }
+
+
+def _epochs(steps, reached, seeds):
+    if steps["median"] is None:
+        return f"not reached ({reached} of {seeds} runs)"
+    low, high = (
+        "?" if v is None else f"{v / STEPS_PER_EPOCH:.0f}"
+        for v in steps["ci95"] or (None, None)
+    )
+    return f"{steps['median'] / STEPS_PER_EPOCH:.0f} [{low}, {high}]"
+
+
+def regions(config: Config, dataset: Any, runs: dict, summary: dict) -> tuple[str, str, Any]:
+    """The probability of class 1 over the plane, by the first seed of every arm."""
+    import jax
+    import numpy as np
+
+    from bn_jax.report.regions import CAPTION, decision_regions
+    from experiments.single import apply, train_one
+
+    side = np.linspace(-1.6, 1.6, 160, dtype=np.float32)
+    plane = np.stack(np.meshgrid(side, side), -1).reshape(-1, 2)
+    maps = {}
+    for arm in summary["arms"]:
+        run, point = runs[arm["arm"]], arm
+        state, swept = train_one(run, dataset, point, config.seed, config.steps)
+        logits = apply(run, swept, state, dataset.scaled(plane))[:, 0]
+        maps[arm["arm"]] = np.asarray(jax.nn.sigmoid(logits)).reshape(side.size, side.size)
+    points = (np.asarray(dataset.test.inputs), np.asarray(dataset.test.labels))
+    return "decision_regions.png", CAPTION, decision_regions(maps, side, *points)
+
+
+if __name__ == "__main__":
+    flags.main(Config, run)
