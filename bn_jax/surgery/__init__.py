@@ -4,22 +4,27 @@ A model is a `flax.linen.Module` with its variables, or an `nnx.GraphDef` with i
 every operation is a function from variables to variables.
 """
 
+from bn_jax.surgery import convert
 from bn_jax.surgery.accumulate import accumulate, accumulate_exactly
 from bn_jax.surgery.diagnose import Finding, diagnose, findings_to_json
 from bn_jax.surgery.fold import fold
 from bn_jax.surgery.freeze import decay_mask, freeze, frozen_mask
 from bn_jax.surgery.recalibrate import recalibrate, reset
+from bn_jax.surgery.versions import migrate, stamp
 
 __all__ = [
     "Finding",
     "accumulate",
     "accumulate_exactly",
+    "convert",
     "decay_mask",
     "diagnose",
     "findings_to_json",
     "fold",
     "freeze",
     "frozen_mask",
+    "migrate",
     "recalibrate",
     "reset",
+    "stamp",
 ]

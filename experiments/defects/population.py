@@ -14,8 +14,8 @@ def d9() -> list[Case]:
     torch: `fuse_linear_bn_eval` (torch/nn/utils/fusion.py) multiplies by a weight and adds a
     bias that may be None; `fuse_conv_bn_eval` beside it checks. `update_bn`
     (torch/optim/swa_utils.py) takes the mean over batches with equal weights, so that a small
-    last batch counts like a full one. The others have neither. bn_jax: `pooled` of
-    bn_jax/core/population.py.
+    last batch counts like a full one. The others have neither. bn_jax: `fold` of
+    bn_jax.surgery, and `pooled` of bn_jax/core/population.py.
     """
     x = np.concatenate([normal(12, 1, mean=4), normal(4, 1, mean=-2)])
     batches = x[:12], x[12:]
@@ -29,6 +29,17 @@ def d9() -> list[Case]:
         with torch.no_grad():
             folded = torch.nn.utils.fusion.fuse_linear_bn_eval(*net.eval())
             return (folded(x) - net(x)).abs().max().item()
+
+    def our_fold(affine=True, bias=True):
+        import flax.linen as nn
+        import jax
+
+        from bn_jax.linen import BatchNorm
+        from bn_jax.surgery import fold
+
+        norm = BatchNorm(use_running_average=True, use_scale=affine, use_bias=affine and bias)
+        net, x = nn.Sequential([nn.Dense(2), norm]), normal(16, 3)
+        return fold(net, net.init(jax.random.key(0), x), x, tolerance=np.inf).difference
 
     def ours():
         return first(_pooled(batches).mean)
@@ -46,7 +57,11 @@ def d9() -> list[Case]:
                 f"D9{part}", f"fold, no {field}",
                 f"largest difference of the outputs of a linear layer with BatchNorm("
                 f"{field}=False) and of both folded into one", 0.0, 1e-5,
-                {"torch": lambda field=field: fold(**{field: False})}, raises=True,
+                {
+                    "torch": lambda field=field: fold(**{field: False}),
+                    "bn_jax": lambda field=field: our_fold(**{field: False}),
+                },
+                raises=True,
             )
             for part, field in (("a", "affine"), ("b", "bias"))
         ),
