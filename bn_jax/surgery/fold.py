@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +25,6 @@ from bn_jax.surgery import kernels
 from bn_jax.surgery.flow import LINEAR, Flow, trace
 from bn_jax.surgery.intercept import (
     BATCH_NORMS,
-    OURS,
     Call,
     Model,
     Path,
@@ -156,8 +156,8 @@ def _without(model, variables, flow, pairs):
 def _affine(call: Call, leaves: dict[str, jax.Array]) -> list[jax.Array]:
     """a and c, of the rank of what the BatchNorm takes."""
     var = leaves["var"]
-    if isinstance(call.layer, OURS):
-        # In float64, where Flax's layers compute in the dtype of the statistics.
+    if not isinstance(call.layer, nn.BatchNorm):
+        # In float64 where the layer is; Flax's in Linen computes in the statistics' dtype.
         var = var.astype(jnp.promote_types(call.x.dtype, var.dtype))
     a = jax.lax.rsqrt(var + call.layer.epsilon) * leaves.get("scale", 1)
     c = leaves.get("bias", 0) - a * leaves["mean"]

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
@@ -142,10 +143,6 @@ def apply_and_update(
     return module(*inputs, **call), nnx.state(module)
 
 
-# Part of the key of what JAX caches: that of `nn.jit` knows nothing of interceptors.
-_within = jax.make_user_context()
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Intercepted:
     """A Linen model within interceptors.
@@ -153,10 +150,12 @@ class Intercepted:
     Attributes:
       model: as it was.
       hooks: each with the classes of its layers, the outermost first.
+      number: of this and no other.
     """
 
     model: nn.Module
     hooks: tuple[tuple[Hook, tuple[type, ...]], ...]
+    number: int = dataclasses.field(default_factory=itertools.count().__next__)
 
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
         """As the model's."""
@@ -170,7 +169,7 @@ class Intercepted:
 
     @contextlib.contextmanager
     def _intercepting(self):
-        with nn.intercept_methods(self._through), _within(self.hooks), _no_twins():
+        with nn.intercept_methods(self._through), _known_to_jit(self.number):
             yield
 
     def _through(self, function, args, kwargs, context):
@@ -182,18 +181,22 @@ class Intercepted:
 
 
 @contextlib.contextmanager
-def _no_twins():
-    """Within it `nn.jit` does not take two modules with equal fields for the same.
+def _known_to_jit(number):
+    """Within it the key of what `nn.jit` caches has the path of the module and the number.
 
-    Their paths differ, and so may hooks. Flax has no public way to say so.
+    By itself it has the fields of the module, which are the same of two modules and with
+    any hooks, and it is compared by its hash alone. Flax has no public way to add to it. (A
+    context that is part of the key of all of JAX's caches, `jax.make_user_context`, has
+    every single operation compiled anew.)
     """
     plain = transforms._HashableProxy.from_module
 
-    def with_path(module):
+    def with_more(module):
         proxy = plain(module)
-        return dataclasses.replace(proxy, hash_key=hash((proxy.hash_key, module.path)))
+        key = hash((proxy.hash_key, module.path, number))
+        return dataclasses.replace(proxy, hash_key=key)
 
-    with mock.patch.object(transforms._HashableProxy, "from_module", with_path):
+    with mock.patch.object(transforms._HashableProxy, "from_module", with_more):
         yield
 
 

@@ -16,9 +16,12 @@ def keras():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KERAS_BACKEND", "jax")  # read when Keras is first imported
         keras = pytest.importorskip("keras")
+    # The policy too: Keras makes it of the floatx that it finds first.
     keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
     yield keras
     keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
 
 
 def keras_network(keras, data_format, seed):

@@ -703,7 +703,7 @@ def test_what_the_flow_says():
     flow = trace(model, variables, jax.ShapeDtypeStruct(X.shape, X.dtype))
     assert list(flow.calls) == [("zero",), ("a",), ("one",)]
     assert [call.x.shape for call in flow.calls.values()] == [(3, 4), (3, 4), (3, 5)]
-    assert flow.dtypes[("one",)] == jnp.bfloat16
+    assert flow.outputs[("one",)].dtype == jnp.bfloat16
     assert flow.before == {("zero",): flow.before[("zero",)], ("one",): ("a",)}
     assert flow.after == {("zero",): ("a",), ("one",): flow.after[("one",)]}
     assert "the model's input" in flow.before[("zero",)]
