@@ -23,11 +23,9 @@ class Config(checkpoint.Config):
 def run(config: Config) -> list[Any]:
     """Prints the findings, and returns them."""
     from flax.errors import FlaxError
-    from rich.console import Console
-    from rich.table import Table
 
+    from bn_jax.report.findings import print_findings
     from bn_jax.surgery import diagnose, findings_to_json
-    from bn_jax.surgery.intercept import spelled
 
     model, variables, inputs = checkpoint.load(config)
     calls = {
@@ -39,11 +37,8 @@ def run(config: Config) -> list[Any]:
         raise UserError(str(e)) from e
     if config.json:
         print(findings_to_json(findings))
-        return findings
-    table = Table("layer", "finding", "measured", "what to do", box=None)
-    for f in findings:
-        table.add_row(spelled(f.path), f.kind, f.meaning, f.remedy)
-    Console(highlight=False).print(table if findings else "nothing found")
+    else:
+        print_findings(findings)
     return findings
 
 

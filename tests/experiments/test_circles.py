@@ -1,0 +1,74 @@
+"""The circles: the published settings, and a tiny run of all that it shows."""
+
+import io
+import json
+import os
+from contextlib import redirect_stdout
+
+import pytest
+
+from experiments import circles
+
+
+def test_the_settings_are_those_of_the_source():
+    config = circles.Config()
+    assert (config.dataset, config.features, config.activation) == ("circles", (50,), "relu")
+    assert (config.optimizer, config.learning_rates) == ("sgd_momentum", (0.01,))
+    assert (config.batch_size, config.seeds, config.target) == (32, 100, 0.8)
+    # 100 epochs over all 500 points, as they are, the last 20 of an epoch left out.
+    assert (config.steps, config.eval_every, config.validation_fraction) == (1500, 15, 0)
+    assert config.scaling == "raw"
+    assert circles.Config(quick=True).seeds == circles.QUICK
+
+
+def test_the_arms():
+    from flax.linen import BatchNorm as Flax
+
+    arms = circles.arms()
+    assert set(circles.Config().arms) <= set(arms)
+    norm = arms["bn_no_affine"].norm()
+    assert (norm.use_scale, norm.use_bias) == (False, False)
+    assert arms["bn_before"].places == ("before",)
+    assert arms["bn_input"].places == ("input",)
+    assert arms["bn_momentum_0"].momentums == (0.0,)
+    assert arms["bn"].norm().epsilon == Flax().epsilon
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Summary, output, folder."""
+    folder = tmp_path_factory.mktemp("circles") / "w"
+    config = circles.Config(
+        seeds=2, steps=30, features=(4,), arms=("none", "bn_before", "bn_momentum_0"),
+        workdir=str(folder),
+    )  # fmt: skip
+    with redirect_stdout(io.StringIO()) as written:
+        summary = circles.run(config)
+    return summary, written.getvalue(), folder
+
+
+def test_what_it_leaves(finished):
+    summary, written, folder = finished
+    assert "decision_regions.png" in os.listdir(folder / "figures")
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    page = (folder / "report.html").read_text()
+    assert "Beside the published numbers" in page
+    assert "Decision regions" in page
+    assert ".838 / .846" in written
+    assert written.rstrip().endswith("report.html")
+
+
+def test_the_published_numbers_stand_beside_ours(finished):
+    summary, _, _ = finished
+    rows = {row["quantity"]: row for row in summary["published"]}
+    assert len(rows) == 6
+    assert rows["none: accuracy, training / test"]["source"] == ".838 / .846"
+    assert rows["bn_momentum_0: epochs to 80%"]["source"] is None
+    assert "not reached" in rows["none: epochs to 80%"]["here"]
+
+
+def test_the_momentum_is_the_arms_own(finished):
+    summary, _, _ = finished
+    momentums = {arm["arm"]: arm["momentum"] for arm in summary["arms"]}
+    assert momentums == {"none": None, "bn_before": 0.99, "bn_momentum_0": 0.0}
+    assert summary["at_same_learning_rate"] is None
