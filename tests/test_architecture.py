@@ -14,7 +14,7 @@ ALLOWED = {
     "core": {"jax"},
     "linen": {"bn_jax.core", "flax", "jax"},
     "nnx": {"bn_jax.core", "flax", "jax"},
-    "surgery": {"bn_jax.core", "bn_jax.linen", "bn_jax.nnx", "flax", "jax"},
+    "surgery": {"bn_jax.core", "bn_jax.linen", "bn_jax.nnx", "flax", "jax", "numpy"},
     "models": {"bn_jax.linen", "flax", "jax"},
     "data": {"absl", "grain", "jax", "numpy", "sklearn", "tensorflow_datasets"},
     "training": {"bn_jax.core", "flax", "jax", "numpy", "optax", "orbax"},
