@@ -82,7 +82,7 @@ def test_each_run_of_a_sweep_decides_for_itself():
     inputs = jnp.stack([jnp.array(INPUTS), poisoned(np.nan)])
     states = jax.tree.map(lambda v: jnp.stack([v, v]), start())
     one = functools.partial(train_step, model=MODEL, optimizer=OPTIMIZER)
-    after, _ = jax.vmap(one, (0, 0, None))(states, inputs, LABELS)
+    after, _ = jax.jit(jax.vmap(one, (0, 0, None)))(states, inputs, LABELS)
     np.testing.assert_array_equal(after.skipped, [0, 1])
     changed = jax.tree.map(lambda a, b: np.any(a != b, axis=tuple(range(1, a.ndim))), *(
         (s.params, s.batch_stats) for s in (after, states)
