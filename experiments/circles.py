@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 from experiments import compare, flags
 from experiments.flags import flag
@@ -20,7 +20,6 @@ from experiments.flags import flag
 EXPERIMENT = "circles"
 QUESTION = "Does BatchNorm help on two circles, before or after the activation?"
 STEPS_PER_EPOCH = 500 // 32
-QUICK = 10  # seeds
 # Accuracy on the training and test set, and epochs until 80 % of the test set are right.
 PUBLISHED = {
     "none": (".838 / .846", "30 to 40"),
@@ -32,6 +31,8 @@ PUBLISHED = {
 @dataclasses.dataclass(frozen=True)
 class Config(compare.Config):
     """Every flag of the experiment; see `python -m experiments.circles --help`."""
+
+    QUICK: ClassVar = {"seeds": 10}
 
     dataset: str = flag("circles", "as in experiments.compare")
     features: tuple[int, ...] | None = flag((50,), "widths of the hidden layers")
@@ -51,19 +52,17 @@ class Config(compare.Config):
     target: float | None = flag(0.8, "test accuracy to reach")
     validation_fraction: float = flag(0.0, "as in experiments.compare")
     scaling: str = flag("raw", "of the input: standard, unit or raw")
-    quick: bool = flag(False, f"{QUICK} seeds")
-
-    def __post_init__(self):
-        if self.quick:
-            object.__setattr__(self, "seeds", QUICK)
-        super().__post_init__()
 
 
 def run(config: Config) -> dict[str, Any]:
     """Compares, fills the workdir, prints the tables; the summary comes back."""
+    from experiments.watchers import Weights
+
+    weights = Weights(lambda seed: seed == config.seed)
     return compare.run(
-        config, experiment=EXPERIMENT, question=QUESTION, known=arms(), extra=extra
-    )
+        config, experiment=EXPERIMENT, question=QUESTION, known=arms(), watch=weights,
+        extra=lambda training: extra(training, weights.kept),
+    )  # fmt: skip
 
 
 def arms() -> dict[str, compare.Arm]:
@@ -72,19 +71,19 @@ def arms() -> dict[str, compare.Arm]:
 
     plain = functools.partial(BatchNorm, use_scale=False, use_bias=False)
     return compare.norm_arms() | {
-        "bn_before": compare.Arm(BatchNorm, ("before",), momentums=None),
-        "bn_no_affine": compare.Arm(plain, ("after",), momentums=None),
-        "bn_momentum_0": compare.Arm(BatchNorm, ("after",), momentums=(0.0,)),
-        "bn_input": compare.Arm(BatchNorm, ("input",), momentums=None),
+        "bn_before": compare.Arm(BatchNorm, {"places": ("before",)}),
+        "bn_no_affine": compare.Arm(plain, {"places": ("after",)}),
+        "bn_momentum_0": compare.Arm(BatchNorm, {"places": ("after",), "momentums": (0.0,)}),
+        "bn_input": compare.Arm(BatchNorm, {"places": ("input",)}),
     }
 
 
-def extra(config: Config, dataset: Any, runs: dict, records: list, summary: dict) -> Any:
+def extra(training: compare.Training, weights: dict) -> compare.Extra:
     """The published numbers beside ours, and the decision regions of the first seed."""
-    published = list(rows(records, summary))
+    dataset, published = training.dataset, list(rows(training.records, training.summary))
     figures = ()
     if dataset.train.inputs.shape[1:] == (2,) and dataset.num_classes == 2:
-        figures = (regions(config, dataset, runs, summary),)
+        figures = (regions(training, weights),)
     return compare.Extra({"published": published}, figures)
 
 
@@ -122,22 +121,28 @@ def _epochs(steps, reached, seeds):
     return f"{steps['median'] / STEPS_PER_EPOCH:.0f} [{low}, {high}]"
 
 
-def regions(config: Config, dataset: Any, runs: dict, summary: dict) -> tuple[str, str, Any]:
-    """The probability of class 1 over the plane, by the first seed of every arm."""
+def regions(training: compare.Training, weights: dict) -> tuple[str, str, Any]:
+    """The probability of class 1 over the plane, by the first seed at each arm's best point."""
     import jax
     import numpy as np
 
+    from bn_jax.measure import Point
     from bn_jax.report.regions import CAPTION, decision_regions
-    from experiments.single import apply, train_one
+    from bn_jax.training.run import Swept
 
     side = np.linspace(-1.6, 1.6, 160, dtype=np.float32)
     plane = np.stack(np.meshgrid(side, side), -1).reshape(-1, 2)
     maps = {}
-    for arm in summary["arms"]:
-        run, point = runs[arm["arm"]], arm
-        state, swept = train_one(run, dataset, point, config.seed, config.steps)
-        logits = apply(run, swept, state, dataset.scaled(plane))[:, 0]
-        maps[arm["arm"]] = np.asarray(jax.nn.sigmoid(logits)).reshape(side.size, side.size)
+    dataset = training.dataset
+    for arm in training.summary["arms"]:
+        name, point = arm["arm"], Point(*(arm[field] for field in Point._fields))
+        model = training.runs[name].model(Swept(*point))
+        variables = weights[name, point, training.config.seed]
+        logits = jax.jit(lambda v, x, m=model: m.apply(v, x, train=False))(
+            variables, dataset.scaled(plane)
+        )
+        probability = np.asarray(jax.nn.sigmoid(logits[:, 0]))
+        maps[name] = probability.reshape(side.size, side.size)
     points = (np.asarray(dataset.test.inputs), np.asarray(dataset.test.labels))
     return "decision_regions.png", CAPTION, decision_regions(maps, side, *points)
 

@@ -48,19 +48,23 @@ class Progress:
         else:
             self._line(text)
 
-    def advance(self, amount: int) -> None:
-        """`amount` more of the total is done; raises a KeyboardInterrupt that got lost."""
+    def advance(self, amount: int, note: str = "") -> None:
+        """`amount` more of the total is done; raises a KeyboardInterrupt that got lost.
+
+        `note` says how it stands, after what `describe` said.
+        """
         check_interrupted()
         self._done += amount
+        text = f"{self._text}, {note}" if note else self._text
         if self._bar:
-            self._bar.advance(self._task, amount)
+            self._bar.update(self._task, advance=amount, description=text)
             return
         now = time.monotonic()
         start, before = self._first = self._first or (now, self._done)
         if now - self._last > EVERY and self._done > before:
             left = (now - start) * (self._total - self._done) / (self._done - before)
             share = self._done / self._total
-            self._line(f"{self._text}: {share:.0%} of all done, about {left:.0f} s left")
+            self._line(f"{text}: {share:.0%} of all done, about {left:.0f} s left")
 
     def _line(self, text):
         self._last = time.monotonic()

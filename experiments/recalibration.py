@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from experiments.flags import flag
 EXPERIMENT = "recalibration"
 QUESTION = "How many images do population statistics need?"
 WEIGHTS = ("last", "average")
+AVERAGE_EVERY = 10  # steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,18 +114,16 @@ def run(config: Config) -> dict[str, Any]:
 
 def measure(config: Config, one: Any, dataset: Any, path: Path) -> list[dict]:
     """A record for every network, kind of weights and number of images, in the file at once."""
-    import jax
-
     from bn_jax import report
     from experiments.progress import Progress
 
     seeds = range(config.seed, config.seed + config.seeds)
     records = []
     with Progress(config.seeds) as progress, report.open_records(path) as file:
-        train = trainer(config, one, dataset)
         for seed in seeds:
             progress.describe(f"seed {seed}")
-            for weights, variables in zip(WEIGHTS, train(jax.random.key(seed)), strict=True):
+            of_run = trained(config, one, dataset, seed)
+            for weights, variables in zip(WEIGHTS, of_run, strict=True):
                 for found in recalibrated(config, one, dataset, variables):
                     records.append({"seed": seed, "weights": weights, **found})
                     report.append_record(file, records[-1])
@@ -131,33 +131,30 @@ def measure(config: Config, one: Any, dataset: Any, path: Path) -> list[dict]:
     return records
 
 
-def trainer(config: Config, one: Any, dataset: Any) -> Any:
-    """A function from a key to the variables after training, and with the average weights."""
+def trained(config: Config, one: Any, dataset: Any, seed: int) -> tuple[Any, Any]:
+    """The variables after training, and those with the average weights."""
     import jax
 
-    from bn_jax.training.run import Swept, data_key
+    from bn_jax.measure import Budget, Point
+    from experiments.single import train_one
 
-    swept = Swept(config.learning_rate, 1.0, config.momentum)
-    step = jax.jit(one.step)
-    init = jax.jit(one.init, compiler_options={"xla_backend_optimization_level": "0"})
-    averaged = jax.jit(
-        lambda mean, new, k: jax.tree.map(lambda m, p: m + (p - m) / k, mean, new)
-    )
+    mean, last, count = None, None, 0
 
-    def train(key):
-        state = init(key, swept, dataset.train.inputs)
-        rows = one.batches(data_key(key), 0, config.steps)
-        mean, half = None, config.steps // 2
-        for number in range(config.steps):
-            state = step(state, swept, dataset.train, rows[number])
-            if number == half:
-                mean = state.train.params
-            if number > half:
-                mean = averaged(mean, state.train.params, number - half + 1)
+    @jax.jit
+    def averaged(mean, new, k):
+        return jax.tree.map(lambda m, p: m + (p - m) / k, mean, new)
+
+    def see(step, state):
+        nonlocal mean, last, count
         last = {"params": state.train.params, "batch_stats": state.train.batch_stats}
-        return last, {**last, "params": mean}
+        if step > config.steps // 2:
+            count += 1
+            mean = averaged(mean or last["params"], last["params"], count)
 
-    return train
+    point = Point(config.learning_rate, 1.0, config.momentum)
+    budget = Budget(config.steps, math.gcd(config.steps, AVERAGE_EVERY))
+    train_one(one, dataset, point, seed, budget, see)
+    return last, {**last, "params": mean}
 
 
 def recalibrated(config: Config, one: Any, dataset: Any, variables: Any) -> list[dict]:

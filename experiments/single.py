@@ -1,4 +1,4 @@
-"""One run on its own, where its weights are wanted and not only its record."""
+"""One run on its own, where its weights are wanted on the way and no record."""
 
 from __future__ import annotations
 
@@ -9,52 +9,29 @@ from typing import Any
 def train_one(
     run: Any,
     dataset: Any,
-    point: dict[str, Any],
+    point: Any,
     seed: int,
-    steps: int,
-    *,
-    every: int | None = None,
-    see: Callable[[int, Any], None] = lambda step, state: None,
-) -> tuple[Any, Any]:
-    """The state after the run that `bn_jax.measure.sweep` makes of the point and the seed.
+    budget: Any,
+    see: Callable[[int, Any], None],
+) -> None:
+    """Trains as `bn_jax.measure.sweep` does, and evaluates nothing.
 
     Args:
       run: a `bn_jax.training.run.Run`.
       dataset: of `bn_jax.data.load`.
-      point: with learning_rate, init_scale and momentum (or None).
+      point: a `bn_jax.measure.Point`.
       seed: of the run.
-      steps: how many.
-      every: steps between calls of `see`; divides them; by default only at the end.
-      see: is given the number of steps done, 0 first, and the `RunState`.
-
-    Returns:
-      The `RunState`, and the `Swept` numbers of the point.
+      budget: a `bn_jax.measure.Budget`.
+      see: is given, every `eval_every` steps, the number of steps done, 0 first, and the
+        `RunState`.
     """
-    import jax
+    from bn_jax.measure.engines import engine_class
+    from bn_jax.measure.grid import chunks
 
-    from bn_jax.training.run import Swept, data_key
-
-    momentum = point.get("momentum") or 0.0
-    swept = Swept(point["learning_rate"], point["init_scale"], momentum)
-    key, every = jax.random.key(seed), every or steps
-    state = jax.jit(run.init)(key, swept, dataset.train.inputs)
-
-    def advance(state, first_step):
-        rows = run.batches(data_key(key), first_step, every)
-        return jax.lax.scan(
-            lambda s, r: (run.step(s, swept, dataset.train, r), None), state, rows
-        )[0]
-
-    advance = jax.jit(advance)
-    see(0, state)
-    for done in range(0, steps, every):
-        state = advance(state, done)
-        see(done + every, state)
-    return state, swept
-
-
-def apply(run: Any, swept: Any, state: Any, inputs: Any) -> Any:
-    """The network's outputs at inference; inputs scaled."""
-    train = state.train
-    variables = {"params": train.params, "batch_stats": train.batch_stats}
-    return run.model(swept).apply(variables, inputs, train=False)
+    (chunk,) = chunks([point], [seed], 1)
+    engine = engine_class(run, dataset)(run, dataset, budget, chunk)
+    state = engine.init(chunk)
+    see(0, engine.pick(state, 0, 0))
+    for done in range(0, budget.steps, budget.eval_every):
+        state = engine.advance(state, chunk, done)
+        see(done + budget.eval_every, engine.pick(state, 0, 0))

@@ -1,6 +1,7 @@
 """Datasets as arrays on the device, and the order in which a run sees them."""
 
+from bn_jax.data.augment import AUGMENTATIONS, augmentation
 from bn_jax.data.batches import batch_indices
 from bn_jax.data.dataset import Dataset, Split, load
 
-__all__ = ["Dataset", "Split", "batch_indices", "load"]
+__all__ = ["AUGMENTATIONS", "Dataset", "Split", "augmentation", "batch_indices", "load"]

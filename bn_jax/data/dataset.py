@@ -15,7 +15,7 @@ from bn_jax.data.cache import cached, default_cache_dir
 from bn_jax.data.toy import TOYS
 from bn_jax.errors import UserError
 
-SCALINGS = ("standard", "unit", "raw")
+SCALINGS = ("standard", "unit", "raw", "binary")
 
 
 class Split(NamedTuple):
@@ -48,6 +48,7 @@ def load(
     name: str,
     *,
     validation_fraction: float = 0.2,
+    train_examples: int | None = None,
     scaling: str = "standard",
     data_dir: str | None = None,
     cache_dir: str | None = None,
@@ -60,8 +61,11 @@ def load(
       validation_fraction: share of the training examples that is carved off, at random
         but always the same, for choosing among runs; in [0, 1). With 0 nothing is, and
         the validation split is the training split.
+      train_examples: how many of the others to train on, at random but always the same; by
+        default all.
       scaling: `standard` (mean 0 and variance 1 in each channel, over the training inputs
-        with those held out), `unit` (divided by the largest magnitude) or `raw`.
+        with those held out), `unit` (divided by the largest magnitude), `raw`, or `binary`
+        (1 above half the largest magnitude, 0 elsewhere).
       data_dir: of tensorflow-datasets; else `TFDS_DATA_DIR`, else its default.
       cache_dir: for decoded arrays; by default under the user's cache directory.
       say: told what takes long.
@@ -78,19 +82,28 @@ def load(
         raise UserError(
             f"validation_fraction {validation_fraction} of {n} examples leaves a part empty"
         )
+    if train_examples is not None and not 1 <= train_examples <= n - held_out:
+        raise UserError(
+            f"train_examples {train_examples}: {name} has {n - held_out} training examples"
+        )
     order = np.random.default_rng(0).permutation(n)
+    offset, factor = _affine(arrays, scaling)
+
+    def put(inputs, labels):
+        if scaling == "binary":
+            inputs = (inputs > arrays.peak / 2).astype(np.uint8)
+        return Split(jnp.asarray(inputs), jnp.asarray(labels))
 
     def split(rows):
         # Sorted: an ordered gather from a mapped file is several times faster.
         rows = np.sort(rows)
-        return Split(*_put(arrays.train_inputs[rows], arrays.train_labels[rows]))
+        return put(arrays.train_inputs[rows], arrays.train_labels[rows])
 
-    train = split(order[held_out:])
-    offset, factor = _affine(arrays, scaling)
+    train = split(order[held_out:][:train_examples])
     return Dataset(
         train,
         split(order[:held_out]) if held_out else train,
-        Split(*_put(arrays.test_inputs, arrays.test_labels)),
+        put(arrays.test_inputs, arrays.test_labels),
         arrays.num_classes,
         offset,
         factor,
@@ -115,7 +128,3 @@ def _affine(arrays, scaling):
         raise UserError(f"unknown scaling {scaling!r}: {', '.join(SCALINGS)}")
     ones = (1,) * (arrays.train_inputs.ndim - 1)
     return tuple(jnp.asarray(v, jnp.float32).reshape(*ones, -1) for v in (offset, factor))
-
-
-def _put(*arrays):
-    return (jnp.asarray(a) for a in arrays)

@@ -3,6 +3,6 @@
 from bn_jax.measure.convergence import steps_to_target
 from bn_jax.measure.grid import Budget, Point
 from bn_jax.measure.summary import summarize
-from bn_jax.measure.sweep import sweep
+from bn_jax.measure.sweep import Evaluation, sweep
 
-__all__ = ["Budget", "Point", "steps_to_target", "summarize", "sweep"]
+__all__ = ["Budget", "Evaluation", "Point", "steps_to_target", "summarize", "sweep"]

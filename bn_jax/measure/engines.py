@@ -5,9 +5,10 @@
 on CPU, where XLA runs a convolution within a loop some 25 times slower, and a vmapped one
 as a slow grouped convolution.
 
-Both compile when they are made. `init(chunk)` gives a state, `advance(state, chunk,
-first_step)` the state `eval_every` steps later, `evaluate(state, chunk)` a dict of
-`[points, seeds]` arrays. States are donated: use each once.
+`engine_class` is the one that suits. Both compile when they are made. `init(chunk)` gives a
+state, `advance(state, chunk, first_step)` the state `eval_every` steps later,
+`evaluate(state, chunk)` a dict of `[points, seeds]` arrays, `pick(state, i, j)` the state of
+one run. States are donated: use each once.
 """
 
 from __future__ import annotations
@@ -20,14 +21,23 @@ import numpy as np
 from jax import lax
 
 from bn_jax.measure.grid import Budget, Chunk
-from bn_jax.training.run import Run, data_key
+from bn_jax.measure.programs import convolves
+from bn_jax.training.run import NO_SUMS, Run, RunState, data_key
 
 # Threefry unrolled for every kernel: 5.0 s of optimisation for a program that takes 10 ms.
 RUN_ONCE = {"xla_backend_optimization_level": 0}
 
 
+def engine_class(run: Run, dataset: Any) -> type[Together | InTurn]:
+    """The faster one for the network and the machine."""
+    in_turn = convolves(run, dataset) and jax.default_backend() == "cpu"
+    return InTurn if in_turn else Together
+
+
 class Together:
     """A chunk of any size at once."""
+
+    limit = None
 
     def __init__(self, run: Run, dataset: Any, budget: Budget, example: Chunk):
         self._dataset = dataset
@@ -37,7 +47,7 @@ class Together:
 
         def advance(state, key, swept, dataset, first_step):
             rows = run.batches(data_key(key), first_step, budget.eval_every)
-            state = state._replace(loss_sum=jnp.float32(0))
+            state = state._replace(sums=NO_SUMS)
 
             def step(state, rows):
                 return run.step(state, swept, dataset.train, rows), None
@@ -50,7 +60,8 @@ class Together:
                 sums = lax.map(lambda r: run.evaluate(state, swept, split, r), rows)
                 return jax.tree.map(jnp.sum, sums)
 
-            return _report(state, means(dataset.validation), means(dataset.test), dataset)
+            sums = means(dataset.validation), means(dataset.test)
+            return _report(state, *sums, dataset, budget)
 
         inputs = (example.keys, example.swept, dataset)
         state = jax.eval_shape(_over_grid(init, 1), None, *inputs)
@@ -72,9 +83,15 @@ class Together:
         report = self._evaluate(state, chunk.keys, chunk.swept, self._dataset)
         return jax.tree.map(np.asarray, report)
 
+    def pick(self, state: Any, i: int, j: int) -> RunState:
+        """A copy of the state of the run of point i and seed j."""
+        return jax.tree.map(lambda v: v[i, j], state)
+
 
 class InTurn:
     """A chunk of one run."""
+
+    limit = 1
 
     def __init__(self, run: Run, dataset: Any, budget: Budget, example: Chunk):
         self._dataset, self._budget = dataset, budget
@@ -87,7 +104,8 @@ class InTurn:
             return run.batches(data_key(key), first_step, budget.eval_every)
 
         def step(state, swept, split, order, i):
-            state = state._replace(loss_sum=jnp.where(i == 0, 0, state.loss_sum))
+            sums = jax.tree.map(lambda v: jnp.where(i == 0, 0, v), state.sums)
+            state = state._replace(sums=sums)
             return run.step(state, swept, split, order[i])
 
         train = dataset.train
@@ -121,14 +139,19 @@ class InTurn:
             rows = _rows(split, self._budget, 1)
             parts = [self._count[name](state, swept, split, r) for r in rows]
             sums.append(jax.tree.map(lambda *v: sum(v), *parts))
-        report = _report(state, *sums, self._dataset)
+        report = _report(state, *sums, self._dataset, self._budget)
         return {k: np.asarray(v).reshape(1, 1) for k, v in report.items()}
 
+    def pick(self, state: Any, i: int, j: int) -> RunState:
+        """A copy of the state, which will be donated."""
+        return jax.tree.map(jnp.copy, state)
 
-def _report(state, validation, test, dataset):
+
+def _report(state, validation, test, dataset, budget):
     n, m = dataset.validation.labels.shape[0], dataset.test.labels.shape[0]
     return {
-        "loss_sum": state.loss_sum,
+        "train_loss": state.sums.loss / budget.eval_every,
+        "train_accuracy": state.sums.accuracy / budget.eval_every,
         "validation_loss": validation.loss / n,
         "validation_accuracy": validation.accuracy / n,
         "test_loss": test.loss / m,

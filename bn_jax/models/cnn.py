@@ -20,13 +20,15 @@ class CNN(nn.Module):
     Attributes:
       features: channels of the convolutions, and last the width of the dense layer.
       num_outputs, norm, places, activation: as in `MLP`.
+      dropout: rate after the dense layer.
     """
 
-    features: Sequence[int]
-    num_outputs: int
+    features: Sequence[int] = (16, 32, 64)
+    num_outputs: int = 10
     norm: Norm | None = None
     places: tuple[str, ...] = ("before",)
     activation: str = "relu"
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -50,4 +52,5 @@ class CNN(nn.Module):
             x = nn.max_pool(x, (2, 2), strides=(2, 2))
         x = x.reshape(x.shape[0], -1)
         x = hidden(functools.partial(nn.Dense, width), self.activation, x, train)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.num_outputs)(x)

@@ -23,13 +23,15 @@ class MLP(nn.Module):
       norm: layer class or partial of one, or None.
       places: where the norm goes: any of `input`, `before` and `after` (the activation).
       activation: relu, sigmoid, tanh, elu or gelu.
+      dropout: rate after every hidden layer.
     """
 
-    features: Sequence[int]
-    num_outputs: int
+    features: Sequence[int] = (100, 100, 100)
+    num_outputs: int = 10
     norm: Norm | None = None
     places: tuple[str, ...] = ("before",)
     activation: str = "relu"
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -40,4 +42,5 @@ class MLP(nn.Module):
         for width in self.features:
             dense = functools.partial(nn.Dense, width)
             x = hidden_layer(self.norm, self.places, dense, self.activation, x, train)
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.num_outputs)(x)

@@ -50,9 +50,16 @@ def same_rate_rows(summary: dict) -> Rows | None:
 
 
 def published_rows(summary: dict) -> Rows:
-    """What a source published beside what was measured here; no rows where there is nothing."""
-    rows = [[r["quantity"], r["here"], r["source"] or ""] for r in summary.get("published", ())]
-    return ["", "here", "published"], rows
+    """What a source published beside what was measured here; no rows where there is nothing.
+
+    The last column is of `agrees`: true, false, or null where nothing was published.
+    """
+    said = {True: "yes", False: "no", None: ""}
+    rows = [
+        [r["quantity"], r["here"], r["source"] or "", said[r.get("agrees")]]
+        for r in summary.get("published", ())
+    ]
+    return ["", "here", "published", "agrees"], rows
 
 
 def print_summary(summary: dict, console: Console | None = None) -> None:
@@ -67,11 +74,23 @@ def print_summary(summary: dict, console: Console | None = None) -> None:
     console.print(Text(headline(summary)))
     console.print()
     header, rows = summary_rows(summary)
-    broken = [[cell.replace(" to ", "\nto ") for cell in row] for row in rows]
+    broken = [[_folded(arm), *(c.replace(" to ", "\nto ") for c in row)] for arm, *row in rows]
     console.print(terminal_table(header, broken))
     for line in speedup_lines(summary):
         console.print()
         console.print(Text(line))
+    if summary.get("published"):
+        console.print()
+        console.print(terminal_table(*published_rows(summary)))
+    if summary.get("seconds"):
+        spent = ", ".join(f"{k} {v:.1f} s" for k, v in summary["seconds"].items())
+        console.print()
+        console.print(f"Time: {spent}.", soft_wrap=True)
+
+
+def _folded(name: str) -> str:
+    """At its underscores, as a column of the terminal is narrow."""
+    return "\n".join(textwrap.wrap(name.replace("_", "_ "), 9)).replace("_ ", "_")
 
 
 def terminal_table(header: list[str], rows: list[list[str]]) -> Table:

@@ -7,15 +7,22 @@ import jax.numpy as jnp
 import optax
 
 
-def cross_entropy(outputs: jax.Array, labels: jax.Array) -> jax.Array:
+def cross_entropy(
+    outputs: jax.Array, labels: jax.Array, label_smoothing: float = 0.0
+) -> jax.Array:
     """Per-example cross-entropy in nats, `[n]`.
 
     Outputs `[n, classes]` are logits of a softmax; `[n, 1]` those of a sigmoid, for
-    labels 0 and 1.
+    labels 0 and 1. Of the wanted distribution the share label_smoothing is uniform
+    (Szegedy et al. 2016, section 7).
     """
     if outputs.shape[-1] == 1:
-        return optax.sigmoid_binary_cross_entropy(outputs[:, 0], labels.astype(outputs.dtype))
-    return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+        wanted = (1 - label_smoothing) * labels.astype(outputs.dtype) + label_smoothing / 2
+        return optax.sigmoid_binary_cross_entropy(outputs[:, 0], wanted)
+    if not label_smoothing:
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+    wanted = jax.nn.one_hot(labels, outputs.shape[-1], dtype=outputs.dtype)
+    return optax.softmax_cross_entropy(outputs, optax.smooth_labels(wanted, label_smoothing))
 
 
 def correct(outputs: jax.Array, labels: jax.Array) -> jax.Array:

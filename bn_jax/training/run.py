@@ -15,10 +15,16 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from bn_jax.training.metrics import cross_entropy
 from bn_jax.training.state import TrainState
-from bn_jax.training.step import Metrics, evaluate_chunk, init_state, unguarded_step
+from bn_jax.training.step import Loss, Metrics, evaluate_chunk, init_state, unguarded_step
+
+# What the keys derived from a run's key are for.
+INIT, DATA, NOISE = range(3)
+NO_SUMS = Metrics(np.float32(0), np.float32(0))
 
 
 class Swept(NamedTuple):
@@ -36,15 +42,17 @@ class Swept(NamedTuple):
 
 
 class RunState(NamedTuple):
-    """The training state, the sum of training losses, and the step that diverged.
+    """The training state, sums over the steps, and the step that diverged.
 
-    `loss_sum` grows until somebody sets it to 0. `diverged_at` is -1, or the number of the
-    first step whose loss was not finite.
+    `sums` of the batches' mean loss and accuracy grow until somebody sets them to 0.
+    `diverged_at` is -1, or the number of the first step whose loss was not finite. `key` is
+    of dropout and augmentation.
     """
 
     train: TrainState
-    loss_sum: jax.Array
+    sums: Metrics
     diverged_at: jax.Array
+    key: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,20 +65,23 @@ class Run:
       scaled: from stored inputs to the network's.
       batches: (key, first step, number of steps) to the examples of each of those steps,
         int32 `[steps, batch]`.
+      loss: (outputs, labels) to the loss of every example in training.
+      augment: (key, inputs of the network) to others, in training; or None.
     """
 
     model: Callable[[Swept], nn.Module]
     optimizer: Callable[[jax.Array], optax.GradientTransformation]
     scaled: Callable[[jax.Array], jax.Array]
     batches: Callable[[jax.Array, jax.Array, int], jax.Array]
+    loss: Loss = cross_entropy
+    augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
 
     def init(self, key: jax.Array, swept: Swept, inputs: jax.Array) -> RunState:
         """The state before the first step; of inputs `[n, ...]` only the shape matters."""
-        key = jax.random.fold_in(key, 0)
         tx = self.optimizer(swept.learning_rate)
         model, example = self.model(swept), self.scaled(inputs[:1])
-        state = init_state(key, model, tx, example, swept.init_scale)
-        return RunState(state, jnp.float32(0), jnp.int32(-1))
+        state = init_state(_key(key, INIT), model, tx, example, swept.init_scale)
+        return RunState(state, NO_SUMS, jnp.int32(-1), _key(key, NOISE))
 
     def step(self, state: RunState, swept: Swept, split: Any, rows: jax.Array) -> RunState:
         """One step on the examples `rows` (int32 `[batch]`) of the split.
@@ -79,13 +90,18 @@ class Run:
         step whose loss was not finite.
         """
         inputs, labels = self.scaled(split.inputs[rows]), split.labels[rows]
-        tx = self.optimizer(swept.learning_rate)
-        model = self.model(swept)
-        train, loss, _ = unguarded_step(state.train, inputs, labels, model, tx)
-        first = ~jnp.isfinite(loss) & (state.diverged_at < 0)
+        noise, dropout = jax.random.split(jax.random.fold_in(state.key, state.train.step))
+        if self.augment is not None:
+            inputs = self.augment(noise, inputs)
+        train, means, _ = unguarded_step(
+            state.train, inputs, labels, self.model(swept),
+            self.optimizer(swept.learning_rate), loss=self.loss, key=dropout,
+        )  # fmt: skip
+        first = ~jnp.isfinite(means.loss) & (state.diverged_at < 0)
         diverged_at = jnp.where(first, state.train.step, state.diverged_at)
         train = jax.tree.map(functools.partial(jnp.where, diverged_at < 0), train, state.train)
-        return RunState(train, state.loss_sum + loss, diverged_at)
+        sums = jax.tree.map(jnp.add, state.sums, means)
+        return RunState(train, sums, diverged_at, state.key)
 
     def evaluate(self, state: RunState, swept: Swept, split: Any, rows: jax.Array) -> Metrics:
         """Sums over the examples `rows` (int32 `[n]`) of a split; those past its end are 0."""
@@ -97,4 +113,8 @@ class Run:
 
 def data_key(key: jax.Array) -> jax.Array:
     """The key that a run shuffles its data with."""
-    return jax.random.fold_in(key, 1)
+    return _key(key, DATA)
+
+
+def _key(key, purpose):
+    return jax.random.fold_in(key, purpose)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,10 +16,14 @@ from bn_jax.training.state import TrainState
 
 
 class Metrics(NamedTuple):
-    """Cross-entropy in nats and right answers, both summed over examples, float32 `[]`."""
+    """Cross-entropy in nats and right answers, sums or means over examples, float32 `[]`."""
 
     loss: jax.Array
     accuracy: jax.Array
+
+
+# (outputs, labels) to the loss of every example, `[n]`.
+Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def init_state(
@@ -45,16 +50,23 @@ def train_step(
     labels: jax.Array,
     model: nn.Module,
     optimizer: optax.GradientTransformation,
+    *,
+    loss: Loss = cross_entropy,
+    key: jax.Array | None = None,
 ) -> tuple[TrainState, jax.Array]:
     """One step on one batch: the next state, and the mean loss before it, `[]`.
+
+    `key` is of the model's dropout.
 
     Where the loss, a gradient or a running statistic would not be finite the step is counted
     as skipped, and changes nothing else than the number of steps. (Of an input of 3e38 the
     variance is infinite, and loss and gradients are finite.)
     """
-    after, loss, grads = unguarded_step(state, inputs, labels, model, optimizer)
-    kept, skipped = skip_nonfinite(state, after, loss, grads, after.batch_stats)
-    return kept._replace(step=after.step, skipped=state.skipped + skipped), loss
+    after, before, grads = unguarded_step(
+        state, inputs, labels, model, optimizer, loss=loss, key=key
+    )
+    kept, skipped = skip_nonfinite(state, after, before.loss, grads, after.batch_stats)
+    return kept._replace(step=after.step, skipped=state.skipped + skipped), before.loss
 
 
 def unguarded_step(
@@ -63,8 +75,11 @@ def unguarded_step(
     labels: jax.Array,
     model: nn.Module,
     optimizer: optax.GradientTransformation,
-) -> tuple[TrainState, jax.Array, Any]:
-    """The next state whatever it is, the mean loss before the step, and its gradients."""
+    *,
+    loss: Loss = cross_entropy,
+    key: jax.Array | None = None,
+) -> tuple[TrainState, Metrics, Any]:
+    """The next state whatever it is, the batch's means before the step, and its gradients."""
 
     def loss_fn(params):
         outputs, updates = model.apply(
@@ -72,14 +87,16 @@ def unguarded_step(
             inputs,
             train=True,
             mutable=["batch_stats"],
+            rngs=None if key is None else {"dropout": key},
         )
-        return cross_entropy(outputs, labels).mean(), updates.get("batch_stats", {})
+        stats = updates.get("batch_stats", {})
+        return loss(outputs, labels).mean(), (stats, correct(outputs, labels).mean())
 
-    (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    (value, (stats, accuracy)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     after = TrainState(state.step + 1, params, stats, opt_state, state.skipped)
-    return after, loss, grads
+    return after, Metrics(value, accuracy), grads
 
 
 def evaluate_chunk(

@@ -17,7 +17,7 @@ TINY = (
     "--features=8", "--steps=20", "--eval_every=10", "--seeds=2", "--learning_rates=0.1,1",
     "--max_runs_at_once=1",
 )  # fmt: skip
-PROGRESS = re.compile(r"\w+: \d+ runs(: \d+% of all done, about \d+ s left)?")
+PROGRESS = re.compile(r"\w+: \d+ runs(, step [^:]*)?(: \d+% of all done, about \d+ s left)?")
 
 
 class Finished(NamedTuple):

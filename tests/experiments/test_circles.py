@@ -18,7 +18,8 @@ def test_the_settings_are_those_of_the_source():
     # 100 epochs over all 500 points, as they are, the last 20 of an epoch left out.
     assert (config.steps, config.eval_every, config.validation_fraction) == (1500, 15, 0)
     assert config.scaling == "raw"
-    assert circles.Config(quick=True).seeds == circles.QUICK
+    assert circles.Config(quick=True).seeds == 10
+    assert circles.Config(quick=True, seeds=3).seeds == 3
 
 
 def test_the_arms():
@@ -28,9 +29,9 @@ def test_the_arms():
     assert set(circles.Config().arms) <= set(arms)
     norm = arms["bn_no_affine"].norm()
     assert (norm.use_scale, norm.use_bias) == (False, False)
-    assert arms["bn_before"].places == ("before",)
-    assert arms["bn_input"].places == ("input",)
-    assert arms["bn_momentum_0"].momentums == (0.0,)
+    assert arms["bn_before"].changes == {"places": ("before",)}
+    assert arms["bn_input"].changes == {"places": ("input",)}
+    assert arms["bn_momentum_0"].config(circles.Config()).momentums == (0.0,)
     assert arms["bn"].norm().epsilon == Flax().epsilon
 
 

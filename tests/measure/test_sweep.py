@@ -164,15 +164,16 @@ def test_a_diverged_run_keeps_the_weights_that_it_had(digits):
 
 
 def test_progress_adds_up(digits):
-    done = []
-    records(build(digits), digits, max_runs_at_once=2, on_progress=done.append)
-    assert sum(done) == 20 * 6
+    seen = []
+    records(build(digits), digits, max_runs_at_once=2, on_evaluation=seen.append)
+    assert sum(e.run_steps for e in seen) == 20 * 6
+    assert sum(e.last for e in seen) == 3
 
 
 def test_evaluation_is_over_the_whole_split_whatever_its_chunks(digits):
     run, losses = build(digits), []
     for eval_rows in (10_000, 450, 64):
-        budget = Budget(10, 10, eval_rows)
+        budget = Budget(10, 10, eval_rows=eval_rows)
         (r,) = records(run, digits, POINTS[:1], (0,), budget)
         losses.append(r["test_loss"])
     np.testing.assert_allclose(losses, [losses[0]] * 3, rtol=1e-5)

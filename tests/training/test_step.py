@@ -13,7 +13,7 @@ import pytest
 from bn_jax.linen import BatchNorm
 from bn_jax.training import xla
 from bn_jax.training.metrics import correct, cross_entropy
-from bn_jax.training.optimizers import OPTIMIZERS
+from bn_jax.training.optimizers import optimizer
 from bn_jax.training.step import evaluate_chunk, init_state, train_step
 
 # Model and optimizer are static.
@@ -112,7 +112,7 @@ def adam(p, grads, rate):
 
 @pytest.mark.parametrize("rule", [sgd, sgd_momentum, adam])
 def test_steps_are_those_of_the_gradient_written_out(rule):
-    model, tx = Linear(3), OPTIMIZERS[rule.__name__](0.3)
+    model, tx = Linear(3), optimizer(rule.__name__, 0.3)
     x, y = jnp.array(INPUTS), jnp.array(LABELS)
     state = init(jax.random.key(0), model, tx, x)
     params = state.params["Dense_0"]

@@ -1,0 +1,47 @@
+"""What the program of a run tells before it is compiled: its size, and whether it convolves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bn_jax.training.run import Run, Swept
+
+
+def run_bytes(run: Run, dataset: Any) -> int:
+    """A rough size of one run in a sweep: its state with gradients, and its activations."""
+    state, rows, forward = _one_example(run, dataset)
+    of_state = sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(state))
+    of_example = sum(v.aval.size * v.aval.dtype.itemsize for v in _outputs(forward))
+    # State, its successor, gradients and updates. Every intermediate array of the forward
+    # pass counts, although some are fused away, as those of the backward pass do not.
+    return 4 * of_state + rows.size * of_example
+
+
+def convolves(run: Run, dataset: Any) -> bool:
+    """Whether the network has a convolution."""
+    return "conv_general_dilated" in str(_one_example(run, dataset)[2])
+
+
+def _one_example(run, dataset):
+    """The shapes of state and batch, and the program that evaluates one example."""
+    swept = Swept(jnp.float32(1), jnp.float32(1), jnp.float32(0.5))
+    key = jax.random.key(0)
+    state = jax.eval_shape(run.init, key, swept, dataset.train.inputs)
+    rows = jax.eval_shape(lambda key: run.batches(key, 0, 1)[0], key)
+    program = jax.make_jaxpr(run.evaluate)(state, swept, dataset.test, jnp.zeros(1, int))
+    return state, rows, program.jaxpr
+
+
+def _outputs(program):
+    """The results of all of a program's operations, those of its subprograms included."""
+    for equation in program.eqns:
+        yield from equation.outvars
+        for inner in jax.tree.leaves(
+            equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from _outputs(inner)

@@ -1,0 +1,168 @@
+"""The arms of a comparison: from flags and a norm to what is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from bn_jax.errors import UserError
+from experiments.config import Config, listed
+
+
+class Arm(NamedTuple):
+    """What one arm of a comparison is.
+
+    Attributes:
+      norm: layer class, a partial of one, or None.
+      changes: flags that it has otherwise than the comparison, by name.
+      model: constructor arguments of the network beyond those that are flags.
+    """
+
+    norm: Callable[..., Any] | None
+    changes: Mapping[str, Any] = {}
+    model: Mapping[str, Any] = {}
+
+    def config(self, config: Config) -> Config:
+        """The comparison's flags as this arm has them."""
+        return dataclasses.replace(config, **self.changes)
+
+    @property
+    def has_momentum(self) -> bool:
+        """Whether the norm has running statistics whose momentum is still to be chosen."""
+        layer = getattr(self.norm, "func", self.norm)
+        return "momentum" in getattr(layer, "__dataclass_fields__", ())
+
+
+def norm_arms() -> dict[str, Arm]:
+    """The norms of `bn_jax.models`."""
+    from bn_jax import models
+
+    return {name: Arm(norm) for name, norm in models.NORMS.items()}
+
+
+def chosen_arms(config: Config, known: Mapping[str, Arm]) -> dict[str, Arm]:
+    """Those of the flag, in its order."""
+    for name in config.arms:
+        if name not in known:
+            raise UserError(f"--arms: unknown {name!r}, choose from {', '.join(known)}")
+    return {name: known[name] for name in config.arms}
+
+
+def load_data(config: Config) -> Any:
+    """The dataset, checked against the batch size."""
+    from bn_jax.data import load
+
+    dataset = load(
+        config.dataset,
+        validation_fraction=config.validation_fraction,
+        train_examples=config.train_examples,
+        scaling=config.scaling,
+        data_dir=config.data_dir,
+        cache_dir=config.cache_dir,
+        say=lambda text: print(text, file=sys.stderr),
+    )
+    examples = dataset.train.labels.size
+    if config.batch_size > examples:
+        raise UserError(
+            f"--batch_size={config.batch_size} is more than the {examples} training examples "
+            f"of {config.dataset} (validation examples apart)"
+        )
+    return dataset
+
+
+def build_run(config: Config, arm: Arm, dataset: Any) -> Any:
+    """One arm as a `bn_jax.training.run.Run`."""
+    import jax
+
+    from bn_jax.data import augmentation, batch_indices
+    from bn_jax.training.metrics import cross_entropy
+    from bn_jax.training.optimizers import optimizer
+    from bn_jax.training.run import Run, Swept
+    from bn_jax.training.schedules import schedule
+
+    config = arm.config(config)
+    _check_names(config)
+    family = _family(config, arm)
+
+    def model(swept):
+        norm = arm.norm
+        if arm.has_momentum:
+            norm = functools.partial(norm, momentum=swept.momentum)
+        return family(
+            num_outputs=1 if dataset.num_classes == 2 else dataset.num_classes, norm=norm
+        )
+
+    def batches(key, first_step, num_steps):
+        examples = dataset.train.labels.size
+        return batch_indices(key, first_step, num_steps, examples, config.batch_size)
+
+    varying = config.schedule != "constant" or config.warmup_steps
+    rates = schedule(
+        config.schedule, config.steps, warmup_steps=config.warmup_steps,
+        decay_steps=config.decay_steps, decay_rate=config.decay_rate,
+    )  # fmt: skip
+    make_optimizer = functools.partial(
+        optimizer, config.optimizer, schedule=rates if varying else None, l2=config.l2,
+        weight_decay=config.weight_decay, decay_norms=config.decay_norms, clip=config.clip,
+    )  # fmt: skip
+    loss = functools.partial(cross_entropy, label_smoothing=config.label_smoothing)
+    run = Run(
+        model, make_optimizer, dataset.scaled, batches, loss, augmentation(config.augment)
+    )
+    try:
+        key, swept = jax.random.key(0), Swept(1.0, 1.0, 0.5)
+        rows = jax.eval_shape(lambda: batches(key, 0, 1)[0])
+        state = jax.eval_shape(run.init, key, swept, dataset.train.inputs)
+        jax.eval_shape(run.step, state, swept, dataset.train, rows)
+    except ValueError as e:
+        raise UserError(
+            f"--model={config.model} --features={listed(config.features or ())}: {e}"
+        ) from e
+    return run
+
+
+def _check_names(config):
+    from bn_jax import data, models
+    from bn_jax.training.optimizers import RULES
+    from bn_jax.training.schedules import SCHEDULES
+
+    for name, values, known in (
+        ("model", [config.model], models.FAMILIES),
+        ("activation", [config.activation], models.ACTIVATIONS),
+        ("optimizer", [config.optimizer], RULES),
+        ("schedule", [config.schedule], SCHEDULES),
+        ("places", config.places, models.PLACES),
+        ("augment", config.augment, data.AUGMENTATIONS),
+    ):
+        for value in values:
+            if value not in known:
+                raise UserError(f"--{name}: unknown {value!r}, choose from {', '.join(known)}")
+
+
+def _family(config, arm):
+    """The network but for its norm and number of outputs."""
+    from bn_jax import models
+
+    family = models.FAMILIES[config.model]
+    taken = {field.name for field in dataclasses.fields(family)}
+    given = {"features": config.features, "dropout": config.dropout}
+    for name, value in given.items():
+        if value is not None and name not in taken:
+            raise UserError(f"--{name}: --model={config.model} has none to choose")
+    own = {k: v for k, v in given.items() if v is not None}
+    named = {"places": config.places, "activation": config.activation}
+    return functools.partial(family, **named, **own, **arm.model)
+
+
+def grid(config: Config, arm: Arm) -> list[Any]:
+    """The points of an arm; only running statistics have a momentum to vary."""
+    from bn_jax.measure import Point
+
+    config = arm.config(config)
+    momentums = config.momentums if arm.has_momentum else (None,)
+    axes = (config.learning_rates, config.init_scales, momentums)
+    return [Point(*values) for values in itertools.product(*axes)]

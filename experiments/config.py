@@ -1,0 +1,167 @@
+"""The flags that a comparison has, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+from bn_jax.errors import UserError
+from experiments.flags import flag
+
+COUNTS = (
+    "seeds", "steps", "batch_size", "eval_every", "max_runs_at_once", "patience",
+    "decay_steps", "train_examples",
+)  # fmt: skip
+LISTS = ("learning_rates", "init_scales", "momentums", "arms", "places")
+# Numbers with the smallest and the largest value that makes sense; None is always allowed.
+RANGES = {
+    "dropout": (0, 1), "label_smoothing": (0, 1), "decay_rate": (0, math.inf),
+    "warmup_steps": (0, math.inf), "l2": (0, math.inf), "weight_decay": (0, math.inf),
+    "clip": (0, math.inf),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every flag of a comparison; see `python -m experiments.compare --help`.
+
+    An experiment that rests on it is a subclass with other defaults and with `QUICK`, what
+    `--quick` changes of them. A flag that is given stands, with `--quick` too.
+    """
+
+    QUICK: ClassVar[dict[str, Any]] = {"seeds": 2, "steps": 300}
+
+    dataset: str = flag(
+        "digits",
+        "circles, digits, or an image classification set of tensorflow-datasets by its name, "
+        "such as mnist, fashion_mnist, cifar10",
+    )
+    train_examples: int | None = flag(
+        None, "train on so many of the training examples, chosen at random; by default on all"
+    )
+    validation_fraction: float = flag(
+        0.2,
+        "share of the training examples held out, to choose learning rates on; 0: train on "
+        "all, and choose on them",
+    )
+    scaling: str = flag(
+        "standard",
+        "of the input: standard (mean 0, variance 1), unit (at most 1), raw, binary (0 or 1)",
+    )
+    augment: tuple[str, ...] = flag(
+        (), "changes to training images, made on the device: shift, flip, distort"
+    )
+    model: str = flag("mlp", "mlp, cnn, cifar_a, cifar_b, lstm or inception")
+    features: tuple[int, ...] | None = flag(
+        None,
+        "widths of the hidden layers (mlp, by default 100,100,100), or channels of the "
+        "convolutions and last the widths of dense layers (cnn, by default 16,32,64)",
+    )
+    activation: str = flag("sigmoid", "relu, sigmoid, tanh, elu or gelu")
+    arms: tuple[str, ...] = flag(
+        ("none", "bn"),
+        "norms to compare, of none, bn, layer, group; the first is the baseline",
+    )
+    places: tuple[str, ...] = flag(
+        ("before",), "where the norm goes: before or after the activation; input as well"
+    )
+    dropout: float | None = flag(
+        None, "share of the units dropped after hidden layers; by default as the model has it"
+    )
+    optimizer: str = flag("sgd", "sgd, sgd_momentum, sgd_nesterov, rmsprop or adam")
+    learning_rates: tuple[float, ...] = flag(
+        (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), "learning rates to try"
+    )
+    schedule: str = flag(
+        "constant",
+        "of the learning rate: constant, step, exponential, inverse, cosine or one_cycle",
+    )
+    warmup_steps: int = flag(0, "steps in which the learning rate rises from 0, linearly")
+    decay_steps: int | None = flag(
+        None, "steps in which step and exponential decay once; by default a third of all"
+    )
+    decay_rate: float = flag(0.1, "what one decay multiplies the learning rate by")
+    l2: float = flag(0.0, "l2 / 2 times the sum of squared kernels is added to the loss")
+    weight_decay: float = flag(0.0, "kernels shrink by this times the learning rate each step")
+    decay_norms: bool = flag(False, "l2 and weight_decay hold for scales and biases too")
+    label_smoothing: float = flag(0.0, "share of the wanted distribution that is uniform")
+    clip: float | None = flag(None, "the largest norm of the gradient")
+    init_scales: tuple[float, ...] = flag((1.0,), "factors on the initial weights to try")
+    momentums: tuple[float, ...] = flag(
+        (0.9,),
+        "momenta of BatchNorm's running statistics to try: the weight of the old value",
+    )
+    seeds: int = flag(5, "how many seeds at each point of the grid")
+    seed: int = flag(0, "the first seed")
+    steps: int = flag(1500, "training steps of a run")
+    batch_size: int = flag(60, "examples in a training step")
+    eval_every: int = flag(20, "training steps between evaluations; divides steps")
+    patience: int | None = flag(
+        None,
+        "stop a run after so many evaluations without a better validation accuracy, and go "
+        "back to the best",
+    )
+    target: float | None = flag(
+        None, "test accuracy to reach, in (0, 1]; by default the best that the baseline reached"
+    )
+    max_runs_at_once: int | None = flag(
+        None, "runs trained together; by default as many as fit in 2 GiB"
+    )
+    summary: bool = flag(False, "print the layers of every arm's network first")
+    tensorboard: bool = flag(False, "write events for TensorBoard to the workdir too")
+    quick: bool = flag(False, "smaller: a look in less than two minutes on two cores")
+    data_dir: str | None = flag(
+        None, "of tensorflow-datasets; else TFDS_DATA_DIR, else ~/tensorflow_datasets"
+    )
+    cache_dir: str | None = flag(None, "for decoded datasets; by default ~/.cache/bn_jax")
+    workdir: str | None = flag(
+        None, "folder for the results; by default runs/<experiment>/<time>"
+    )
+    overwrite: bool = flag(False, "delete the run that is in the workdir")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):  # as one writes in a notebook
+                object.__setattr__(self, field.name, tuple(value))
+            if self.quick and field.name in self.QUICK and value == field.default:
+                object.__setattr__(self, field.name, self.QUICK[field.name])
+        self.check()
+
+    def check(self) -> None:
+        """Raises a UserError for a flag that makes no sense."""
+        for name in COUNTS:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name}={value}: it must be at least 1")
+        for name in LISTS:
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values):
+                raise UserError(f"--{name}={listed(values)}: name one or more, each once")
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UserError(f"--{name}={value}: it must be from {low} to {high}")
+        if self.features is not None and not (self.features and min(self.features) > 0):
+            raise UserError(f"--features={listed(self.features)}: name widths of at least 1")
+        if not 0 <= self.seed < 2**31 - self.seeds:
+            raise UserError(f"--seed={self.seed}: seeds are from 0 to {2**31 - 1}")
+        for name in ("learning_rates", "init_scales"):
+            for value in getattr(self, name):
+                if not 0 < value < math.inf:
+                    raise UserError(f"--{name}: {value} must be positive and finite")
+        for value in self.momentums:
+            if not 0 <= value < 1:
+                raise UserError(f"--momentums: {value} must be in [0, 1)")
+        if self.target is not None and not 0 < self.target <= 1:
+            raise UserError(f"--target={self.target}: an accuracy is in (0, 1]")
+        if self.steps % self.eval_every:
+            raise UserError(
+                f"--eval_every={self.eval_every} does not divide --steps={self.steps}"
+            )
+
+
+def listed(values: Any) -> str:
+    """As one writes them on the command line."""
+    return ",".join(map(str, values))
