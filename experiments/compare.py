@@ -124,7 +124,7 @@ def print_layers(runs: Mapping[str, Any], dataset: Any) -> None:
 
     from bn_jax.training.run import Swept
 
-    example = jax.eval_shape(dataset.scaled, dataset.train.inputs[:1])
+    example = dataset.scaled(dataset.train.inputs[:1])
     for name, run in runs.items():
         model = run.model(Swept(1.0, 1.0, 0.5))
         table = nn.tabulate(model, jax.random.key(0), depth=1, console_kwargs={"width": 110})

@@ -29,7 +29,7 @@ def shift(key: jax.Array, images: jax.Array) -> jax.Array:
     n, *size, _ = images.shape
     most = [round(SHIFT * s) for s in size]
     padded = jnp.pad(images, ((0, 0), *((m, m) for m in most), (0, 0)), mode="edge")
-    starts = jax.random.randint(key, (n, 2), 0, 2 * jnp.array(most) + 1)
+    starts = jax.random.randint(key, (n, 2), 0, 2 * jnp.array([most]) + 1)
     cut = jax.vmap(lambda image, at: lax.dynamic_slice(image, (*at, 0), images.shape[1:]))
     return cut(padded, starts)
 

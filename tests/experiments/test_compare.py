@@ -212,7 +212,7 @@ def test_importing_it_defines_no_flags():
 
 CHOICES = {
     "arms": "none, bn, layer, group", "model": "mlp, cnn", "places": "input, before, after",
-    "activation": "relu, sigmoid", "optimizer": "sgd, sgd_momentum, sgd_nesterov, rmsprop, adam",
+    "activation": "relu, sigmoid", "optimizer": "sgd, sgd_momentum, sgd_nesterov",
     "scaling": "standard, unit, raw",
 }  # fmt: skip
 NUMBERS = [
