@@ -28,12 +28,14 @@ DPI = 180  # 1150 pixels for the 640 that a page gives a figure
 
 
 def save_all(records: list[dict], summary: dict, folder: str | Path) -> list[Path]:
-    """Writes the three figures into `folder` as PNG; paths in the order of `captions`."""
-    figures = {
-        "learning_curves.png": learning_curves(records, summary),
-        "steps_to_target.png": steps_against_rate(summary),
-        "accuracy.png": accuracy_against_rate(summary),
-    }
+    """Writes the figures into `folder` as PNG; paths in the order of `captions`.
+
+    Where the grid has a single point there are only the learning curves.
+    """
+    figures = {"learning_curves.png": learning_curves(records, summary)}
+    if _has_grid(summary):
+        figures["steps_to_target.png"] = steps_against_rate(summary)
+        figures["accuracy.png"] = accuracy_against_rate(summary)
     return [save(figure, Path(folder) / name) for name, figure in figures.items()]
 
 
@@ -49,8 +51,14 @@ def save(figure: Figure, path: Path) -> Path:
 
 def captions(summary: dict) -> list[str]:
     """What the figures of `save_all` show; the first sentence of each is its title."""
-    texts = (_curves_caption(summary), _steps_caption(summary), _accuracy_caption(summary))
+    texts = [_curves_caption(summary)]
+    if _has_grid(summary):
+        texts += [_steps_caption(summary), _accuracy_caption(summary)]
     return [" ".join(text.split()) for text in texts]
+
+
+def _has_grid(summary: dict) -> bool:
+    return varies(summary, "learning_rate") or varies(summary, "init_scale")
 
 
 def _curves_caption(summary: dict) -> str:

@@ -23,7 +23,9 @@ def write(
     question: str,
     more: Sequence[tuple[str, str, Figure]] = (),
 ) -> Path:
-    """Writes config.json, summary.json, figures/*.png and report.html; the path of the last.
+    """Writes config.json, summary.json, figures and report.html; the path of the last.
+
+    `figures/captions.json` has the caption of every file beside it.
 
     Args:
       records, summary, config, question: as in `html_page` and `save_all`.
@@ -42,6 +44,15 @@ def write(
     figures = list(zip(captions(summary), paths, strict=True))
     for name, caption, figure in more:
         figures.append((caption, save(figure, folder / "figures" / name)))
+    write_captions(figures)
     page = folder / "report.html"
     write_atomically(page, html_page(summary, config, figures, question))
     return page
+
+
+def write_captions(figures: Sequence[tuple[str, Path]]) -> None:
+    """Beside the figures, (caption, path) each, what they show."""
+    if figures:
+        named = {path.name: caption for caption, path in figures}
+        text = json.dumps(named, indent=2, ensure_ascii=False)
+        write_atomically(figures[0][1].parent / "captions.json", text + "\n")

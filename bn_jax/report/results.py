@@ -1,0 +1,140 @@
+"""Finished experiments as one page of Markdown: question, command, numbers, figures."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from bn_jax.report.files import write_atomically
+from bn_jax.report.markdown import table
+from bn_jax.report.sentences import speedup_lines
+from bn_jax.report.tables import headline, published_rows, summary_rows
+from bn_jax.report.text import plural
+
+WIDTH, COLORS = 1000, 64  # of a figure in the page: some 40 kB
+
+
+class Finished(NamedTuple):
+    """What an experiment left.
+
+    Attributes:
+      summary, config: of summary.json and config.json.
+      captions: by the name of the figure's file.
+      folder: where the figures are.
+    """
+
+    summary: dict
+    config: dict
+    captions: dict[str, str]
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """Of the experiment."""
+        return self.summary["experiment"]
+
+
+INTRODUCTION = """\
+# Results
+
+Every experiment of `experiments/` as it was run here, with the numbers of its source beside
+ours. Medians over seeds with their 95 % intervals (percentile bootstrap); a run that does not
+reach a target counts as never; a run that diverged is counted. How each number is defined:
+[method.md](method.md). This page is written by `python -m experiments.make_report` from the
+folders that the commands below leave.
+"""
+
+
+def page(finished: Sequence[Finished], figures: Path, link: str) -> str:
+    """The page; the figures are written, smaller, into a folder.
+
+    Args:
+      finished: in the order of the page.
+      figures: the folder.
+      link: to that folder from the page.
+    """
+    contents = table(
+        ["experiment", "published numbers that agree", "seeds", "machine"],
+        [_contents_row(f) for f in finished],
+    )
+    sections = (section(f, figures, link) for f in finished)
+    return "\n".join([INTRODUCTION, contents, *sections])
+
+
+def section(finished: Finished, figures: Path, link: str) -> str:
+    """One experiment."""
+    summary = finished.summary
+    parts = [
+        f"## {finished.name}: {summary['question']}",
+        f"```\n{finished.config['command']}\n```\n{_spent(finished)}",
+    ]
+    if "budget_steps" in summary:
+        parts.append(f"{headline(summary)}.")
+        parts.append(table(*summary_rows(summary)))
+        parts += speedup_lines(summary)
+    for one in summary.get("tables", ()):
+        parts += [f"{one['title']}:", table(one["header"], one["rows"])]
+    if summary.get("published"):
+        parts.append("Beside the source:\n")
+        parts.append(table(*published_rows(summary)))
+        parts += _reasons(summary)
+    for name, caption in finished.captions.items():
+        path = f"{link}/{_shrunk(finished, name, figures)}"
+        parts.append(f"![{caption.partition('. ')[0]}]({path})\n*{caption}*")
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def _contents_row(finished):
+    summary = finished.summary
+    said = [
+        row["agrees"] for row in summary.get("published", ()) if row.get("agrees") is not None
+    ]
+    seeds = finished.config["flags"].get("seeds")
+    title = f"[{finished.name}](#{_anchor(finished)})"
+    agree = f"{sum(said)} of {len(said)}" if said else "none at this size"
+    return [title, agree, str(seeds or ""), ", ".join(finished.config.get("devices", ()))]
+
+
+def _anchor(finished):
+    """As GitHub makes it of the heading."""
+    heading = f"{finished.name}: {finished.summary['question']}".lower()
+    return "".join(c for c in heading if c.isalnum() or c in " _-").replace(" ", "-")
+
+
+def _spent(finished):
+    seconds = (finished.summary.get("seconds") or {}).get("total")
+    versions = finished.config.get("versions", {})
+    known = ", ".join(f"{k} {versions[k]}" for k in ("jax", "flax") if versions.get(k))
+    return (
+        f"took {plural(round(seconds), 'second')} with {known}."
+        if seconds
+        else f"With {known}."
+    )
+
+
+def _reasons(summary):
+    """Where a number does not agree, what was found to be the reason."""
+    disagreeing = [row for row in summary["published"] if row.get("agrees") is False]
+    reasons = dict.fromkeys(row.get("reason") for row in disagreeing)
+    named = []
+    for reason in reasons:
+        which = [row["quantity"] for row in disagreeing if row.get("reason") == reason]
+        named.append(f"- {'; '.join(which)}. {reason or 'The reason was not found.'}")
+    return ["Where they do not agree:\n\n" + "\n".join(named)] if named else []
+
+
+def _shrunk(finished, name, figures):
+    """Writes the figure with fewer pixels and colours; the name of its file."""
+    from PIL import Image
+
+    path = figures / f"{finished.name}_{name}"
+    with Image.open(finished.folder / "figures" / name) as image:
+        image = image.convert("RGB")
+        image.thumbnail((WIDTH, 10 * WIDTH), Image.Resampling.LANCZOS)
+        content = io.BytesIO()
+        image.quantize(COLORS, dither=Image.Dither.NONE).save(content, "png", optimize=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content.getvalue())
+    return path.name

@@ -1,0 +1,73 @@
+"""docs/results.md: each experiment's question, command, numbers and figures, and no others."""
+
+import json
+
+import pytest
+
+from bn_jax import report
+from bn_jax.errors import UserError
+from experiments import make_report
+
+ROWS = [
+    {"quantity": "epochs", "here": "18", "source": "within 20", "agrees": True},
+    {"quantity": "accuracy", "here": ".7", "source": ".9", "agrees": False, "reason": "Small."},
+    {"quantity": "loss", "here": "1", "source": "2", "agrees": False, "reason": "Small."},
+    {"quantity": "more", "here": "3", "source": None, "agrees": None},
+]
+
+
+@pytest.fixture
+def finished(make, tmp_path):
+    """The folder of runs of two experiments, the older run of one with another command."""
+
+    def leave(name, run, command, **options):
+        folder = tmp_path / "runs" / name / run
+        folder.mkdir(parents=True)
+        records, summary = make(**options)
+        question = f"Is {name} right?"
+        summary |= {"experiment": name, "question": question, "published": ROWS}
+        config = {
+            "command": command, "flags": {"seeds": 3}, "devices": ["cpu: cpu"],
+            "versions": {"jax": "1.2.3", "flax": "4.5.6"},
+        }  # fmt: skip
+        report.write(records, summary, config, folder, question)
+
+    leave("circles", "old", "python -m experiments.circles --seeds=1", rates=(0.1,), seeds=2)
+    leave("circles", "new", "python -m experiments.circles", rates=(0.1,), seeds=2)
+    leave("lstm", "a", "python -m experiments.lstm", rates=(0.1, 0.3), seeds=2)
+    return tmp_path
+
+
+def test_the_page(finished):
+    out = finished / "docs" / "results.md"
+    make_report.run(make_report.Config(runs=str(finished / "runs"), out=str(out)))
+    text = out.read_text()
+    assert text.count("\n## ") == 2
+    assert "## circles: Is circles right?" in text
+    assert "python -m experiments.circles\n" in text
+    assert "--seeds=1" not in text
+    assert "| epochs | 18 | within 20 | yes |" in text
+    assert "- accuracy; loss. Small." in text
+    assert "[circles](#circles-is-circles-right) | 1 of 3 | 3 | cpu: cpu" in text
+    assert "jax 1.2.3, flax 4.5.6" in text
+    summary = json.loads((finished / "runs/lstm/a/summary.json").read_text())
+    for line in report.speedup_lines(summary):
+        assert line in text
+    links = [line.split("](")[1].split(")")[0] for line in text.splitlines() if "![" in line]
+    # One rate: the learning curves alone. Two: three figures.
+    assert len(links) == 4
+    for link in links:
+        assert (out.parent / link).stat().st_size < 100_000
+
+
+def test_captions_lie_beside_the_figures(finished):
+    folder = finished / "runs/lstm/a/figures"
+    captions = json.loads((folder / "captions.json").read_text())
+    assert set(captions) == {p.name for p in folder.glob("*.png")}
+
+
+def test_what_is_no_run_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="no finished run"):
+        make_report.run(make_report.Config(runs=str(tmp_path)))
+    with pytest.raises(UserError, match="not the folder of a finished run"):
+        make_report.run(make_report.Config(workdirs=(str(tmp_path),)))
