@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from experiments import flags, workdir
-from experiments.arms import Arm, build_run, chosen_arms, grid, load_data, norm_arms
+from experiments.arms import (
+    Arm,
+    build_run,
+    chosen_arms,
+    grid,
+    in_steps,
+    load_data,
+    norm_arms,
+)
 from experiments.config import Config
 
 __all__ = ["Arm", "Config", "Extra", "Training", "norm_arms", "run"]
@@ -85,11 +93,15 @@ def run(
     from bn_jax import measure, report
 
     dataset = load_data(config)
+    command = workdir.command(config, experiment)
+    config = in_steps(config, dataset)
     arms = chosen_arms(config, known or norm_arms())
     runs = {name: build_run(config, arm, dataset) for name, arm in arms.items()}
     folder = workdir.create(config.workdir, experiment, config.overwrite)
     devices = [f"{d.platform}: {d.device_kind}" for d in jax.devices()]
-    settings = workdir.write_config(folder, config, experiment, devices, xla_flags=xla_flags)
+    settings = workdir.write_config(
+        folder, config, experiment, devices, xla_flags=xla_flags, command=command
+    )
     if config.summary:
         print_layers(runs, dataset)
     records = train(config, dataset, runs, arms, folder, watch)
@@ -124,11 +136,33 @@ def print_layers(runs: Mapping[str, Any], dataset: Any) -> None:
 
     from bn_jax.training.run import Swept
 
+    # No colours, as the output may go to a file.
+    console = {"width": 120, "force_terminal": False}
     example = dataset.scaled(dataset.train.inputs[:1])
     for name, run in runs.items():
         model = run.model(Swept(1.0, 1.0, 0.5))
-        table = nn.tabulate(model, jax.random.key(0), depth=1, console_kwargs={"width": 110})
-        print(f"{name}:{table(example, train=False)}")
+        table = nn.tabulate(model, jax.random.key(0), depth=1, console_kwargs=console)
+        print(f"{name}:{table(example, train=False).rstrip()}\n")
+        trained, kept = parameter_counts(run, dataset)
+        print(
+            f"{name}: {trained:,} parameters, {kept:,} running statistics, "
+            f"{trained + kept:,} in all\n"
+        )
+
+
+def parameter_counts(run: Any, dataset: Any) -> tuple[int, int]:
+    """How many parameters are trained, and how many running statistics there are beside."""
+    import jax
+
+    from bn_jax.training.run import Swept
+
+    state = jax.eval_shape(
+        run.init, jax.random.key(0), Swept(1.0, 1.0, 0.5), dataset.train.inputs
+    )
+    return tuple(
+        sum(v.size for v in jax.tree.leaves(part))
+        for part in (state.train.params, state.train.batch_stats)
+    )
 
 
 def train(
@@ -163,7 +197,8 @@ def train(
             def see(evaluation, name=name):
                 write(name, evaluation)
                 watch(name, evaluation)
-                progress.advance(evaluation.run_steps, note(evaluation))
+                per_epoch = config.eval_every if config.epochs else None
+                progress.advance(evaluation.run_steps, note(evaluation, per_epoch))
 
             for finished in measure.sweep(
                 runs[name], dataset, points, seeds, budgets[name],

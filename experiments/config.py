@@ -10,8 +10,8 @@ from bn_jax.errors import UserError
 from experiments.flags import flag
 
 COUNTS = (
-    "seeds", "steps", "batch_size", "eval_every", "max_runs_at_once", "patience",
-    "decay_steps", "train_examples",
+    "seeds", "steps", "epochs", "batch_size", "eval_every", "max_runs_at_once", "patience",
+    "decay_steps", "train_examples", "test_examples",
 )  # fmt: skip
 LISTS = ("learning_rates", "init_scales", "momentums", "arms", "places")
 # Numbers with the smallest and the largest value that makes sense; None is always allowed.
@@ -40,6 +40,9 @@ class Config:
     train_examples: int | None = flag(
         None, "train on so many of the training examples, chosen at random; by default on all"
     )
+    test_examples: int | None = flag(
+        None, "test on the first so many of the test examples; by default on all"
+    )
     validation_fraction: float = flag(
         0.2,
         "share of the training examples held out, to choose learning rates on; 0: train on "
@@ -56,15 +59,22 @@ class Config:
     features: tuple[int, ...] | None = flag(
         None,
         "widths of the hidden layers (mlp, by default 100,100,100), or channels of the "
-        "convolutions and last the widths of dense layers (cnn, by default 16,32,64)",
+        "convolutions and last the widths of dense layers (cnn, by default 16,32,64), or one "
+        "width (lstm, by default 100)",
     )
-    activation: str = flag("sigmoid", "relu, sigmoid, tanh, elu or gelu")
+    activation: str | None = flag(
+        None,
+        "relu, sigmoid, tanh, elu or gelu; by default tanh in an lstm, relu in inception, "
+        "sigmoid elsewhere",
+    )
     arms: tuple[str, ...] = flag(
         ("none", "bn"),
         "norms to compare, of none, bn, layer, group; the first is the baseline",
     )
-    places: tuple[str, ...] = flag(
-        ("before",), "where the norm goes: before or after the activation; input as well"
+    places: tuple[str, ...] | None = flag(
+        None,
+        "where the norm goes: before or after the activation, input as well; in an lstm "
+        "output or recurrent; by default as the model has it",
     )
     dropout: float | None = flag(
         None, "share of the units dropped after hidden layers; by default as the model has it"
@@ -95,6 +105,9 @@ class Config:
     seeds: int = flag(5, "how many seeds at each point of the grid")
     seed: int = flag(0, "the first seed")
     steps: int = flag(1500, "training steps of a run")
+    epochs: int | None = flag(
+        None, "instead of steps and eval_every: passes over the data, evaluated after each"
+    )
     batch_size: int = flag(60, "examples in a training step")
     eval_every: int = flag(20, "training steps between evaluations; divides steps")
     patience: int | None = flag(
@@ -137,7 +150,7 @@ class Config:
                 raise UserError(f"--{name}={value}: it must be at least 1")
         for name in LISTS:
             values = getattr(self, name)
-            if not values or len(set(values)) != len(values):
+            if values is not None and (not values or len(set(values)) != len(values)):
                 raise UserError(f"--{name}={listed(values)}: name one or more, each once")
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)

@@ -11,8 +11,11 @@ from typing import Any
 from bn_jax.errors import UserError
 
 
-def note(evaluation: Any) -> str:
-    """ "step 300, loss 0.31, validation accuracy 93.1 %": medians over the runs."""
+def note(evaluation: Any, steps_per_epoch: int | None = None) -> str:
+    """ "step 300, loss 0.31, validation accuracy 93.1 %": medians over the runs.
+
+    Where the steps of an epoch are given, "epoch 3, loss ...".
+    """
     import numpy as np
 
     report = evaluation.report
@@ -22,7 +25,10 @@ def note(evaluation: Any) -> str:
     )
     if not np.isfinite(loss) or not evaluation.step:
         return ""
-    return f"step {evaluation.step:,}, loss {loss:.3g}, validation accuracy {accuracy:.1%}"
+    at = f"step {evaluation.step:,}"
+    if steps_per_epoch:
+        at = f"epoch {evaluation.step // steps_per_epoch:,}"
+    return f"{at}, loss {loss:.3g}, validation accuracy {accuracy:.1%}"
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ ALLOWED = {
     "data": {"absl", "grain", "jax", "numpy", "sklearn", "tensorflow_datasets"},
     "training": {"bn_jax.core", "flax", "jax", "numpy", "optax", "orbax"},
     "measure": {"bn_jax.core", "bn_jax.training", "jax", "numpy"},
-    "report": {"matplotlib", "numpy", "rich"},
+    "report": {"PIL", "matplotlib", "numpy", "rich"},
 }
 FILES = sorted(
     str(path.relative_to(ROOT))

@@ -14,7 +14,7 @@ def run_bytes(run: Run, dataset: Any) -> int:
     """A rough size of one run in a sweep: its state with gradients, and its activations."""
     state, rows, forward = _one_example(run, dataset)
     of_state = sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(state))
-    of_example = sum(v.aval.size * v.aval.dtype.itemsize for v in _outputs(forward))
+    of_example = sum(_output_bytes(forward))
     # State, its successor, gradients and updates. Every intermediate array of the forward
     # pass counts, although some are fused away, as those of the backward pass do not.
     return 4 * of_state + rows.size * of_example
@@ -35,13 +35,15 @@ def _one_example(run, dataset):
     return state, rows, program.jaxpr
 
 
-def _outputs(program):
-    """The results of all of a program's operations, those of its subprograms included."""
+def _output_bytes(program, times=1):
+    """Of the results of a program's operations, those of its subprograms included."""
     for equation in program.eqns:
-        yield from equation.outvars
+        yield from (times * v.aval.size * v.aval.dtype.itemsize for v in equation.outvars)
+        # The backward pass of a scan keeps what every turn of it computed.
+        turns = equation.params["length"] if equation.primitive.name == "scan" else 1
         for inner in jax.tree.leaves(
             equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
         ):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
-                yield from _outputs(inner)
+                yield from _output_bytes(inner, times * turns)

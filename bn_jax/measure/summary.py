@@ -36,7 +36,7 @@ def summarize(
     Each arm appears at its own best point of the grid: the one with the fewest median
     steps to the target on validation, or, where none gets there, the highest median best
     accuracy. `at_same_learning_rate` has all arms at the baseline's; it is
-    None where there is only one.
+    None where there is only one, or an arm without it.
 
     Args:
       records: of finished runs, each with its `arm`; every point with the same seeds.
@@ -117,7 +117,10 @@ def _at_same(by_point, baseline, base, goal):
     points = itertools.chain.from_iterable(by_point.values())
     if len({(p.learning_rate, p.init_scale) for p in points}) == 1:
         return None
-    same = {arm: _best(_like(points, base), goal) for arm, points in by_point.items()}
+    like = {arm: _like(points, base) for arm, points in by_point.items()}
+    if not all(like.values()):  # an arm has rates of its own
+        return None
+    same = {arm: _best(points, goal) for arm, points in like.items()}
     return {
         "learning_rate": base.learning_rate,
         "init_scale": base.init_scale,

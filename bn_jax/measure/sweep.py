@@ -26,6 +26,7 @@ class Evaluation(NamedTuple):
     """What a sweep shows as it goes.
 
     Attributes:
+      run, dataset: what is trained, on what.
       chunk: the rectangle of the grid.
       step: of its runs.
       run_steps: training steps since the last one, summed over the chunk's runs.
@@ -34,6 +35,8 @@ class Evaluation(NamedTuple):
       last: whether the chunk ends here; `run_steps` has what it leaves out.
     """
 
+    run: Run
+    dataset: Any
     chunk: Chunk
     step: int
     run_steps: int
@@ -77,10 +80,14 @@ def sweep(
     make = engine_class(run, dataset)
     limit = max_runs_at_once or max(1, MEMORY // run_bytes(run, dataset))
     engine, compilation = None, 0.0
+
+    def show(*seen):
+        on_evaluation(Evaluation(run, dataset, *seen))
+
     for chunk in chunks(points, seeds, make.limit or limit):
         if engine is None:
             engine, compilation = _timed(make, run, dataset, budget, chunk)
-        history, seconds = _train(engine, chunk, budget, on_evaluation)
+        history, seconds = _train(engine, chunk, budget, show)
         seconds["compilation"] = compilation
         yield [
             _record(point, seed, [_pick(h, i, j) for h in history], budget, seconds)
@@ -89,18 +96,17 @@ def sweep(
         ]
 
 
-def _train(engine, chunk, budget, on_evaluation):
+def _train(engine, chunk, budget, show):
     """The evaluations, and training and evaluation seconds for each run of the chunk."""
     state = engine.init(chunk)
     report, evaluation = _timed(engine.evaluate, state, chunk)
     history, training, done, ended = [report], 0.0, 0, False
 
-    def show(run_steps):
+    def show_after(run_steps):
         pick = functools.partial(engine.pick, state)
-        runs = run_steps * chunk.wanted
-        on_evaluation(Evaluation(chunk, done, runs, report, pick, ended))
+        show(chunk, done, run_steps * chunk.wanted, report, pick, ended)
 
-    show(0)
+    show_after(0)
     while not ended:
         state, seconds = _timed(engine.advance, state, chunk, done)
         training += seconds
@@ -109,7 +115,7 @@ def _train(engine, chunk, budget, on_evaluation):
         history.append(report)
         done += budget.eval_every
         ended = done == budget.steps or _all_ended(history, budget)
-        show(budget.eval_every + (budget.steps - done if ended else 0))
+        show_after(budget.eval_every + (budget.steps - done if ended else 0))
     return history, {
         "per_step": training / max(done, 1) / chunk.runs,
         "training": training / chunk.runs,

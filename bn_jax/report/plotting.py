@@ -44,12 +44,15 @@ SPARE = (
     Style("#CC79A7", "v", (0, (6, 1, 1, 1, 1, 1))),
     Style("#E69F00", "P", (0, (8, 2))),
     Style("#56B4E9", "X", (0, (3, 2))),
+    Style("#7F5539", "*", (0, (2, 1, 6, 1))),
 )
 
 
 def arm_styles(summary: dict) -> dict[str, Style]:
     """The look of every arm; that of an arm without one of its own follows from its place."""
-    spare = itertools.cycle(SPARE)
+    names = {a["arm"] for a in summary["arms"]}
+    free = (style for name, style in STYLES.items() if name not in names)
+    spare = itertools.cycle((*SPARE, *free))
     return {a["arm"]: STYLES.get(a["arm"]) or next(spare) for a in summary["arms"]}
 
 

@@ -134,3 +134,11 @@ def test_momenta_at_the_same_rate_are_chosen_on_validation():
 def test_one_rate_is_not_compared_twice():
     runs = [record(arm, 0.1, s, slow()) for arm in ("none", "bn") for s in range(3)]
     assert summarize(runs, baseline="none")["at_same_learning_rate"] is None
+
+
+def test_arms_with_rates_of_their_own_are_not_compared_at_one():
+    runs = [record("none", 0.1, s, slow()) for s in range(3)]
+    runs += [record("bn", 1.0, s, fast()) for s in range(3)]
+    summary = summarize(runs, baseline="none")
+    assert summary["at_same_learning_rate"] is None
+    assert [a["learning_rate"] for a in summary["arms"]] == [0.1, 1.0]

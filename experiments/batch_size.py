@@ -1,0 +1,263 @@
+"""What do accuracy and speed do from batches of 1 to batches of 1,024, with which norm?
+
+An MLP on scikit-learn's digits by default. Every run sees as many examples, `--steps` times
+`--batch_size`, in batches of `--batch_sizes`; each norm has at each batch size the learning
+rate (and the momentum of running statistics) that ends best on the validation set. BatchNorm
+is evaluated with its running statistics and, beside them, with the statistics of batches of
+the test set that are as large as in training. A batch of 1 BatchNorm refuses; ghost batches
+are trained where the batch is larger than one of them, as otherwise they are BatchNorm.
+
+The claims: Wu & He 2018 (group normalisation), table 2, ResNet-50 on ImageNet; Ioffe 2017
+(batch renormalisation), section 4, Inception-v3 on ImageNet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, ClassVar, NamedTuple
+
+from bn_jax.errors import UserError
+from experiments import compare, crossed, flags
+from experiments.arms import chosen_arms
+from experiments.config import listed
+from experiments.flags import flag
+
+EXPERIMENT = "batch_size"
+QUESTION = "What do accuracy and speed do from batches of 1 to batches of 1,024?"
+GHOST = 16
+# Of Ioffe 2017's 130,000 steps plain batch normalisation takes 5,000; r_max and d_max grow
+# until step 40,000 and 25,000.
+RENORM_STEPS, RENORM_START, RENORM_R, RENORM_D = 130_000, 5_000, 40_000, 25_000
+REFUSAL = "one element per feature"
+# Validation errors in per cent on ImageNet with batches of 32 and of 2 for each worker.
+WU_HE = {"bn": (23.6, 34.7), "group": (24.1, 24.1)}
+LARGE, SMALL = 32, 2
+FLAT = 0.01  # an error that rises by no more than this is called flat
+# Validation accuracy in per cent on ImageNet, statistics of 4 examples.
+IOFFE, IOFFE_SIZE = {"bn": 74.2, "renorm": 76.5}, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(compare.Config):
+    """Every flag of the experiment; see `python -m experiments.batch_size --help`."""
+
+    QUICK: ClassVar = {
+        "batch_sizes": (1, 2, 4, 32, 512), "steps": 160, "eval_every": 80, "seeds": 3,
+        "learning_rates": (0.03, 0.3, 1.0), "arms": ("none", "bn", "renorm", "group"),
+        "momentums": (0.9,),
+    }  # fmt: skip
+
+    batch_sizes: tuple[int, ...] = flag(
+        tuple(2**i for i in range(11)), "examples in a training step, to try"
+    )
+    arms: tuple[str, ...] = flag(
+        ("none", "bn", "ghost", "renorm", "group", "layer"), "norms to compare, of these"
+    )
+    features: tuple[int, ...] | None = flag((64, 64), "as in experiments.compare")
+    activation: str = flag("relu", "relu, sigmoid, tanh, elu or gelu")
+    learning_rates: tuple[float, ...] = flag(
+        (0.01, 0.03, 0.1, 0.3, 1.0, 3.0), "learning rates to try at every batch size"
+    )
+    momentums: tuple[float, ...] = flag((0.9, 0.99), "momenta of running statistics to try")
+    seeds: int = flag(5, "how many seeds at each point of the grid")
+    batch_size: int = flag(32, "the batch size that --steps and --eval_every are for")
+    steps: int = flag(
+        640, "training steps of a run with --batch_size examples; others see as many examples"
+    )
+    eval_every: int = flag(160, "steps between evaluations, of --batch_size examples too")
+
+    def check(self) -> None:
+        """Raises a UserError for a flag that makes no sense."""
+        super().check()
+        sizes, part = self.batch_sizes, self.eval_every * self.batch_size
+        if not sizes or len(set(sizes)) != len(sizes) or min(sizes) < 1:
+            raise UserError(f"--batch_sizes={listed(sizes)}: name one or more, each once")
+        for size in sizes:
+            if part % size:
+                raise UserError(
+                    f"--batch_sizes: {size} does not divide the {part} examples between "
+                    "evaluations (--eval_every times --batch_size)"
+                )
+        if self.epochs is not None:
+            raise UserError("--epochs: here --steps says how many examples a run sees")
+
+
+class Cell(NamedTuple):
+    """One combination."""
+
+    norm: str
+    batch_size: int
+
+    @property
+    def name(self) -> str:
+        """As an arm."""
+        return f"{self.norm} {self.batch_size}"
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains, fills the workdir, prints the tables; the summary comes back."""
+    from experiments.watchers import Weights
+
+    weights, statistics = Weights(), {c.name for c in cells(config) if has_statistics(c.norm)}
+
+    def watch(arm, evaluation):
+        if arm in statistics:
+            weights(arm, evaluation)
+
+    return crossed.run(
+        config, arms(config), experiment=EXPERIMENT, question=QUESTION, refusal=REFUSAL,
+        watch=watch, conclude=lambda training: conclude(training, weights.kept),
+    )  # fmt: skip
+
+
+def norms(steps: int) -> dict[str, compare.Arm]:
+    """The norms of `experiments.compare`, ghost batches, renormalisation over these steps."""
+    from bn_jax.core.renorm import ramp
+    from bn_jax.linen import BatchRenorm, GhostBatchNorm
+
+    start, r_max, d_max = (
+        step * steps / RENORM_STEPS for step in (RENORM_START, RENORM_R, RENORM_D)
+    )
+    renorm = functools.partial(
+        BatchRenorm, r_max=ramp(1.0, 3.0, start, r_max), d_max=ramp(0.0, 5.0, start, d_max)
+    )
+    ghost = functools.partial(GhostBatchNorm, group_size=GHOST)
+    return compare.norm_arms() | {"ghost": compare.Arm(ghost), "renorm": compare.Arm(renorm)}
+
+
+def has_statistics(norm: str) -> bool:
+    """Whether it has running statistics."""
+    return norms(1)[norm].has_momentum
+
+
+def cells(config: Config) -> list[Cell]:
+    """All combinations, but for ghost batches that are the batch."""
+    chosen = chosen_arms(config, norms(1))
+    return [
+        Cell(norm, size)
+        for norm in chosen
+        for size in config.batch_sizes
+        if norm != "ghost" or size > GHOST
+    ]
+
+
+def arms(config: Config) -> dict[str, compare.Arm]:
+    """Every combination, by its name; with as many examples, and evaluations, as any."""
+
+    def arm(cell):
+        steps, every = (
+            n * config.batch_size // cell.batch_size for n in (config.steps, config.eval_every)
+        )
+        changes = {"batch_size": cell.batch_size, "steps": steps, "eval_every": every}
+        return norms(steps)[cell.norm]._replace(changes=changes)
+
+    return {cell.name: arm(cell) for cell in cells(config)}
+
+
+def conclude(training: compare.Training, weights: dict) -> compare.Extra:
+    """Accuracy and speed of every combination, and the claims."""
+    from bn_jax.report import batch_size as report
+
+    best = crossed.best_runs(training.records)
+    found = {cell: best.get(cell.name) for cell in cells(training.config)}
+    combinations = [combination(training, weights, *item) for item in found.items()]
+    accuracies = {c: [crossed.final(r) for r in runs] for c, runs in found.items() if runs}
+    summary = {
+        "examples": training.config.steps * training.config.batch_size,
+        "combinations": combinations,
+        "tables": [table(combinations)],
+        "published": list(rows(accuracies)),
+    }
+    figures = (
+        ("accuracy.png", report.ACCURACY, report.accuracy_against_batch(combinations)),
+        ("speed.png", report.SPEED, report.speed_against_batch(combinations)),
+        ("statistics.png", report.STATISTICS, report.two_evaluations(combinations)),
+    )
+    has = any(c["batch_statistics"] for c in combinations)
+    return compare.Extra(summary, figures if has else figures[:2])
+
+
+def combination(
+    training: compare.Training, weights: dict, cell: Cell, runs: list[dict] | None
+) -> dict[str, Any]:
+    """One as `summary.json` has it; `runs` are those of its best point, None if refused."""
+    if runs is None:
+        return {**cell._asdict(), "refused": True, "batch_statistics": None}
+    keys = [(cell.name, crossed.point_of(r), r["seed"]) for r in runs]
+    in_batches = None
+    if has_statistics(cell.norm):
+        test = training.dataset.test
+        accuracy = crossed.accuracy(training, cell.name, test, cell.batch_size)
+        in_batches = crossed.estimate([float(accuracy(weights[key])) for key in keys])
+    return {
+        **cell._asdict(),
+        "refused": False,
+        "learning_rate": runs[0]["learning_rate"],
+        "momentum": runs[0]["momentum"],
+        "seeds": len(runs),
+        "diverged": sum(r["diverged_at"] is not None for r in runs),
+        "test_accuracy": crossed.estimate([crossed.final(r) for r in runs]),
+        "batch_statistics": in_batches,
+        "examples_per_second": cell.batch_size / runs[0]["seconds"]["per_step"],
+    }
+
+
+def table(combinations: list[dict]) -> dict[str, Any]:
+    """A row for every combination."""
+    from bn_jax.report.text import estimate, number, percent, whole
+
+    def text(value):
+        return estimate(value, percent, open_end="-", missing="-")
+
+    def cells(c):
+        if c["refused"]:
+            return ["refused", "", "", "", ""]
+        momentum = "" if c["momentum"] is None else number(c["momentum"])
+        measured = text(c["test_accuracy"]), text(c["batch_statistics"])
+        return [
+            number(c["learning_rate"]),
+            momentum,
+            *measured,
+            whole(c["examples_per_second"]),
+        ]
+
+    return {
+        "title": "Test accuracy and speed at every batch size, at the best learning rate",
+        "header": [
+            "norm", "batch size", "learning rate", "momentum", "test (%)",
+            "with batch statistics (%)", "examples per second",
+        ],
+        "rows": [[c["norm"], str(c["batch_size"]), *cells(c)] for c in combinations],
+    }  # fmt: skip
+
+
+def rows(accuracies: dict[Cell, list[float]]) -> Any:
+    """The claims, where the batch sizes are among those tried; differences seed by seed.
+
+    Of BatchNorm the error rises if the interval is above 0, of group normalisation it is flat
+    if the median is at most `FLAT`; renormalisation is better if its interval is above 0.
+    """
+    for norm, (large, small) in WU_HE.items():
+        pair = [accuracies.get(Cell(norm, size)) for size in (LARGE, SMALL)]
+        if all(pair):
+            rise = crossed.difference(*pair)
+            yield {
+                "quantity": f"{norm}: error with batches of {SMALL} less that of {LARGE}",
+                "here": crossed.points_text(rise),
+                "source": f"{small - large:+.1f} (Wu & He 2018, table 2)",
+                "agrees": rise["ci95"][0] > 0 if norm == "bn" else rise["median"] <= FLAT,
+            }
+    pair = [accuracies.get(Cell(norm, IOFFE_SIZE)) for norm in ("renorm", "bn")]
+    if all(pair):
+        gain = crossed.difference(*pair)
+        yield {
+            "quantity": f"accuracy of renorm less that of bn, batches of {IOFFE_SIZE}",
+            "here": crossed.points_text(gain),
+            "source": f"{IOFFE['renorm'] - IOFFE['bn']:+.1f} (Ioffe 2017, section 4)",
+            "agrees": gain["ci95"][0] > 0,
+        }
+
+
+if __name__ == "__main__":
+    flags.main(Config, run)

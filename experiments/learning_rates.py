@@ -1,0 +1,232 @@
+"""How far can the learning rate and the initial scale go, with and without BatchNorm?
+
+Networks of equal layers, of several depths and activations, on scikit-learn's digits by
+default: the test accuracy at every learning rate and initial scale, and the largest rate
+that trains. A rate trains if the median final test accuracy is at least 90 % of `--target`.
+
+The claim is that of Ioffe & Szegedy 2015, section 3.3: as BN(a W u) = BN(W u), a layer's
+output does not depend on the scale of its weights, and larger weights have smaller gradients;
+so higher rates train. The paper shows it with Inception; it has no numbers by depth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+from bn_jax.errors import UserError
+from experiments import compare, crossed, flags
+from experiments.arms import chosen_arms, norm_arms
+from experiments.config import listed
+from experiments.flags import flag
+
+EXPERIMENT = "learning_rates"
+QUESTION = "How far can the learning rate and the initial scale go, with and without BatchNorm?"
+RATES_CLAIM = "higher rates train (Ioffe & Szegedy 2015, section 3.3)"
+SCALES_CLAIM = "the scale of the weights matters less (section 3.3: BN(aWu) = BN(Wu))"
+NO_RATE = "no rate"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(compare.Config):
+    """Every flag of the experiment; see `python -m experiments.learning_rates --help`."""
+
+    QUICK: ClassVar = {
+        "depths": (3, 10), "activations": ("relu", "sigmoid"), "seeds": 2, "steps": 200,
+        "learning_rates": (0.01, 0.1, 1.0, 10.0, 100.0), "init_scales": (0.1, 1.0, 10.0),
+    }  # fmt: skip
+
+    depths: tuple[int, ...] = flag((3, 5, 10, 20), "numbers of hidden layers")
+    activations: tuple[str, ...] = flag(
+        ("relu", "sigmoid", "tanh"), "some of relu, sigmoid, tanh, elu and gelu"
+    )
+    width: int = flag(32, "of every hidden layer")
+    learning_rates: tuple[float, ...] = flag(
+        (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0), "learning rates to try"
+    )
+    init_scales: tuple[float, ...] = flag(
+        (0.1, 0.3, 1.0, 3.0, 10.0), "factors on the initial weights to try"
+    )
+    seeds: int = flag(3, "how many seeds at each point of the grid")
+    steps: int = flag(400, "training steps of a run")
+    eval_every: int = flag(200, "training steps between evaluations; divides steps")
+    target: float | None = flag(
+        0.9, "test accuracy of which a rate has to reach 90 % to be one that trains"
+    )
+
+    def check(self) -> None:
+        """Raises a UserError for a flag that makes no sense."""
+        super().check()
+        for name in ("depths", "activations"):
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values):
+                raise UserError(f"--{name}={listed(values)}: name one or more, each once")
+        for name, value in (("depths", min(self.depths)), ("width", self.width)):
+            if value < 1:
+                raise UserError(f"--{name}: {value} must be at least 1")
+        if self.features is not None:
+            raise UserError("--features: here --depths and --width say it")
+        if self.target is None:
+            raise UserError("--target: name the test accuracy that is to be reached")
+
+
+class Network(NamedTuple):
+    """One combination."""
+
+    norm: str
+    activation: str
+    depth: int
+
+    @property
+    def name(self) -> str:
+        """As an arm."""
+        return f"{self.norm} {self.activation} {self.depth}"
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains, fills the workdir, prints the tables; the summary comes back."""
+    return crossed.run(
+        config, arms(config), experiment=EXPERIMENT, question=QUESTION, conclude=conclude
+    )
+
+
+def networks(config: Config) -> list[Network]:
+    """All combinations, those of one activation and depth side by side."""
+    return [
+        Network(norm, activation, depth)
+        for depth in config.depths
+        for activation in config.activations
+        for norm in config.arms
+    ]
+
+
+def arms(config: Config) -> dict[str, compare.Arm]:
+    """Every network, by its name."""
+    norms = chosen_arms(config, norm_arms())
+
+    def arm(network):
+        return norms[network.norm]._replace(
+            changes={"activation": network.activation},
+            model={"features": (config.width,) * network.depth},
+        )
+
+    return {network.name: arm(network) for network in networks(config)}
+
+
+def conclude(training: compare.Training) -> compare.Extra:
+    """What of the grid trains, beside the claims."""
+    from bn_jax.report.learning_rates import (
+        CAPTION,
+        accuracy_maps,
+        largest_rates,
+        map_caption,
+    )
+
+    config = training.config
+    summary = summarize(training)
+    largest = {n: largest_rate(config, summary, n) for n in networks(config)}
+    scales = {n: trained_scales(summary, n) for n in networks(config)}
+    depth = config.depths[len(config.depths) // 2]
+    shown = [n.name for n in networks(config) if n.depth == depth]
+    figures = (
+        ("largest_rate.png", CAPTION, largest_rates(largest, sorted(config.learning_rates))),
+        ("accuracy.png", map_caption(depth, config.seeds), accuracy_maps(summary, shown)),
+    )
+    published = [*rate_rows(config, largest), *scale_rows(config, scales)]
+    tables = [table(config, largest, scales)]
+    return compare.Extra(summary | {"published": published, "tables": tables}, figures)
+
+
+def summarize(training: compare.Training) -> dict[str, Any]:
+    """Of `bn_jax.measure.summarize` what does not rest on a baseline."""
+    from bn_jax.measure import summarize
+
+    config = training.config
+    baseline = networks(config)[0].name
+    whole = summarize(training.records, baseline=baseline, target=config.target)
+    return {key: whole[key] for key in ("budget_steps", "target", "arms", "by_point")}
+
+
+def largest_rate(config: Config, summary: dict, network: Network) -> float | None:
+    """The largest that trains at the initial scale nearest to 1."""
+    nearest = min(config.init_scales, key=lambda scale: max(scale, 1 / scale))
+    rates = [
+        p["learning_rate"]
+        for p in summary["by_point"]
+        if p["arm"] == network.name and p["init_scale"] == nearest and p["trains"]
+    ]
+    return max(rates, default=None)
+
+
+def trained_scales(summary: dict, network: Network) -> int:
+    """At how many initial scales there is a rate that trains."""
+    points = (p for p in summary["by_point"] if p["arm"] == network.name and p["trains"])
+    return len({p["init_scale"] for p in points})
+
+
+def rate_rows(config: Config, largest: dict) -> Any:
+    """At every depth the largest rate with and without BatchNorm, where both are trained."""
+    top = max(config.learning_rates)
+    for depth in _compared(config):
+        pairs = {a: _pair(largest, a, depth) for a in config.activations}
+        texts = [
+            f"{a} {_rate(bn, top)} with, {_rate(none, top)} without"
+            for a, (none, bn) in pairs.items()
+        ]
+        yield {
+            "quantity": f"largest rate that trains, {depth} layers",
+            "here": "; ".join(texts),
+            "source": RATES_CLAIM,
+            "agrees": _all(_larger(none, bn, top) for none, bn in pairs.values()),
+        }
+
+
+def scale_rows(config: Config, scales: dict) -> Any:
+    """At every depth the number of initial scales that train at some rate."""
+    count = len(config.init_scales)
+    for depth in _compared(config) if count > 1 else ():
+        pairs = {a: _pair(scales, a, depth) for a in config.activations}
+        texts = [f"{a} {bn} with, {none} without" for a, (none, bn) in pairs.items()]
+        yield {
+            "quantity": f"initial scales, of {count}, that train at some rate, {depth} layers",
+            "here": "; ".join(texts),
+            "source": SCALES_CLAIM,
+            "agrees": _all(_larger(none, bn, count) for none, bn in pairs.values()),
+        }
+
+
+def table(config: Config, largest: dict, scales: dict) -> dict[str, Any]:
+    """A row for every network."""
+    top = max(config.learning_rates)
+    return {
+        "title": "Largest learning rate that trains at the initial scale nearest to 1, and "
+        f"initial scales, of {len(config.init_scales)}, that train at some rate",
+        "header": ["network", "largest rate", "initial scales"],
+        "rows": [[n.name, _rate(rate, top), str(scales[n])] for n, rate in largest.items()],
+    }
+
+
+def _compared(config):
+    return config.depths if {"none", "bn"} <= set(config.arms) else ()
+
+
+def _pair(values, activation, depth):
+    return tuple(values[Network(norm, activation, depth)] for norm in ("none", "bn"))
+
+
+def _larger(none, bn, top):
+    """Whether bn is more; None where both are at the end of what was tried."""
+    return None if none == bn == top else (bn or 0) > (none or 0)
+
+
+def _all(answers):
+    answers = list(answers)
+    return False if False in answers else None if None in answers else True
+
+
+def _rate(rate, top):
+    return NO_RATE if rate is None else f"{'at least ' * (rate == top)}{rate:g}"
+
+
+if __name__ == "__main__":
+    flags.main(Config, run)

@@ -1,0 +1,224 @@
+"""Does BatchNorm help an LSTM, after it or in its recurrence?
+
+Images are read row by row, or pixel by pixel; what the LSTM remembers at the end is classified.
+Arms: without; with BatchNorm between LSTM and dense layer; with BatchNorm in the recurrence,
+each step with statistics of its own, and an initial scale of .1 or 1.
+
+Cooijmans et al. 2016 ("Recurrent Batch Normalization", section 5.1): MNIST pixel by pixel,
+also in an order permuted once; LSTM of 100, RMSprop with rate .001 and decay .9, gradients
+clipped at a norm of 1, 50,000 images to train and 10,000 to validate; batches of 100 in the
+authors' code; 100,000 steps in their figure 3. By default here rows, and fewer steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from bn_jax.errors import UserError
+from bn_jax.report.text import estimate, number, percent
+from experiments import compare, flags
+from experiments.flags import flag
+
+EXPERIMENT = "lstm"
+QUESTION = "Does BatchNorm help an LSTM, after it or in its recurrence?"
+STEPS = 100_000
+# Test accuracy in per cent after so many, without and with a permutation (table 1).
+PUBLISHED = {False: {"none": 98.9, "recurrent_.1": 99.0},
+             True: {"none": 90.2, "recurrent_.1": 95.4}}  # fmt: skip
+VANISHING_REASON = (
+    "The source's figure is of a network with tanh alone, which a large scale saturates. "
+    "Through the gates of an LSTM the gradient grows instead, as it does through many layers "
+    "with BatchNorm at the start (Yang et al. 2019, 'A mean field theory of batch "
+    "normalization')."
+)
+NOISE = 0.1  # of the first hidden state, in the authors' code
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(compare.Config):
+    """Every flag of the experiment; see `python -m experiments.lstm --help`."""
+
+    QUICK: ClassVar = {"dataset": "digits", "features": (32,), "steps": 300, "eval_every": 20}
+
+    dataset: str = flag("mnist", "as in experiments.compare, of images")
+    validation_fraction: float = flag(1 / 6, "as in experiments.compare")
+    scaling: str = flag("unit", "of the input: standard, unit, raw or binary")
+    model: str = flag("lstm", "as in experiments.compare")
+    read: str = flag("rows", "what a step of the LSTM sees of an image: rows or pixels")
+    permuted: bool = flag(False, "the pixels in an order that is drawn once")
+    features: tuple[int, ...] | None = flag((100,), "width of the LSTM")
+    arms: tuple[str, ...] = flag(
+        ("none", "lstm_bn", "recurrent_.1", "recurrent_1"),
+        "networks to compare, of these and the norms of experiments.compare after the LSTM",
+    )
+    optimizer: str = flag("rmsprop", "as in experiments.compare")
+    learning_rates: tuple[float, ...] = flag((0.001,), "learning rates to try")
+    clip: float | None = flag(1.0, "the largest norm of the gradient")
+    seeds: int = flag(2, "how many seeds at each point of the grid")
+    steps: int = flag(2000, "training steps of a run")
+    batch_size: int = flag(100, "examples in a training step")
+    eval_every: int = flag(200, "training steps between evaluations; divides steps")
+
+    def check(self) -> None:
+        """Raises a UserError for a flag that makes no sense."""
+        super().check()
+        if self.read not in ("rows", "pixels"):
+            raise UserError(f"--read={self.read}: choose from rows, pixels")
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Compares, fills the workdir, prints the tables; the summary comes back."""
+    ends = Ends(config.seed)
+    return compare.run(
+        config, experiment=EXPERIMENT, question=QUESTION, known=arms(config), watch=ends,
+        extra=lambda training: extra(training, ends.kept),
+    )  # fmt: skip
+
+
+def arms(config: Config) -> dict[str, compare.Arm]:
+    """The four networks, and the norms of `experiments.compare` after the LSTM."""
+    from bn_jax.linen import BatchNorm
+
+    reads = {"read": config.read, "permutation_seed": 0 if config.permuted else None}
+    after, recurrent = {"places": ("output",)}, {"places": ("recurrent",)}
+
+    def recurrent_arm(scale):
+        model = {**reads, "initial_scale": scale, "noise": NOISE}
+        return compare.Arm(BatchNorm, recurrent, model)
+
+    return {
+        name: compare.Arm(arm.norm, after, reads) for name, arm in compare.norm_arms().items()
+    } | {
+        "lstm_bn": compare.Arm(BatchNorm, after, reads),
+        "recurrent_.1": recurrent_arm(0.1),
+        "recurrent_1": recurrent_arm(1.0),
+    }
+
+
+class Ends:
+    """Keeps the variables of one seed before the first step and after the last.
+
+    Attributes:
+      kept: by (arm, `Point`, `start` or `end`).
+    """
+
+    def __init__(self, seed: int):
+        self.kept: dict[tuple, dict[str, Any]] = {}
+        self._seed = seed
+
+    def __call__(self, arm: str, evaluation: Any) -> None:
+        """To be a `watch` of `experiments.compare.run`."""
+        chunk = evaluation.chunk
+        if self._seed not in chunk.seeds or (evaluation.step and not evaluation.last):
+            return
+        for i, point in enumerate(chunk.points):
+            train = evaluation.state(i, list(chunk.seeds).index(self._seed)).train
+            variables = {"params": train.params, "batch_stats": train.batch_stats}
+            self.kept[arm, point, "end" if evaluation.step else "start"] = variables
+
+
+def extra(training: compare.Training, kept: dict) -> compare.Extra:
+    """The published numbers beside ours, and the gradient through time."""
+    from bn_jax.report.through_time import CAPTION, gradients_through_time
+
+    norms = {a["arm"]: through_time(training, a, kept) for a in training.summary["arms"]}
+    figure = gradients_through_time(norms, training.summary)
+    found = list(rows(training.config, training.summary, norms))
+    return compare.Extra(
+        {"published": found, "gradient_norms": norms},
+        (("gradients_through_time.png", CAPTION, figure),),
+    )
+
+
+def through_time(training: compare.Training, arm: dict, kept: dict) -> dict[str, list]:
+    """The norms of `bn_jax.measure.gradients`, by end, at the arm's best point."""
+    import jax
+
+    from bn_jax.measure import Point
+    from bn_jax.measure.gradients import gradient_norms
+    from bn_jax.training.run import Swept
+
+    run, train = training.runs[arm["arm"]], training.dataset.train
+    point, n = Point(*(arm[field] for field in Point._fields)), training.config.batch_size
+    batch = run.scaled(train.inputs[:n]), train.labels[:n]
+    model, key = run.model(Swept(*point)), jax.random.key(training.config.seed)
+    norms = jax.jit(lambda variables: gradient_norms(model, variables, *batch, key=key))
+    return {
+        end: [
+            float(v) if math.isfinite(v) else None for v in norms(kept[arm["arm"], point, end])
+        ]
+        for end in ("start", "end")
+    }
+
+
+def rows(config: Config, summary: dict, norms: dict) -> Iterator[dict]:
+    """Accuracies, steps against the LSTM without, and what the gradient loses on its way."""
+    published = {}
+    if (config.dataset, config.read) == ("mnist", "pixels"):
+        published = PUBLISHED[config.permuted]
+    best = {a["arm"]: a["max_accuracy"] for a in summary["arms"]}
+    for name, accuracy in best.items():
+        source = published.get(name)
+        low, high = accuracy["ci95"]
+        same_size = source and config.steps >= STEPS
+        yield {
+            "quantity": f"{name}: highest test accuracy (%)",
+            "here": _text(accuracy, percent, config.seeds),
+            "source": source and f"{source:g}",
+            "agrees": 100 * low - 0.05 <= source <= 100 * high + 0.05 if same_size else None,
+        }
+    yield from _faster(config, summary)
+    yield from _vanishing(config, norms)
+
+
+def _faster(config, summary):
+    for faster in summary["speedup"]:
+        if (faster["over"], faster["arm"]) == ("none", "recurrent_.1"):
+            steps = faster["steps"]
+            ratio = {"median": steps["ratio"], "ci95": steps["ci95"]}
+            yield {
+                "quantity": "steps of none over those of recurrent_.1",
+                "here": _text(ratio, number, config.seeds),
+                "source": "above 1 (pixels)",
+                "agrees": (steps["ratio"] or 0) > 1,
+            }
+
+
+def _vanishing(config, norms):
+    """Section 4: with a scale of .1 the gradient's norm is nearly constant, with 1 it vanishes.
+
+    They agree where that of .1 is nearer 1, and that of 1 the smaller. Rows are too few steps.
+    """
+    ratios = {arm: _reached(ends["start"]) for arm, ends in norms.items()}
+    small, large = ratios.get("recurrent_.1"), ratios.get("recurrent_1")
+    agrees = {}
+    if config.read == "pixels" and small and large:
+        nearer = abs(math.log(small)) < abs(math.log(large))
+        agrees = {"recurrent_.1": nearer, "recurrent_1": large < small}
+    said = {"recurrent_.1": "nearly 1 (tanh)", "recurrent_1": "nearly 0 (tanh)"}
+    for arm, ratio in ratios.items():
+        yield {
+            "quantity": f"{arm}: gradient at the first step over the last, before training",
+            "here": "-" if ratio is None else number(ratio),
+            "source": said.get(arm),
+            "agrees": agrees.get(arm),
+            "reason": VANISHING_REASON,
+        }
+
+
+def _reached(norms):
+    first, last = norms[0], norms[-1]
+    return first / last if first is not None and last else None
+
+
+def _text(value, form, seeds):
+    """Median and interval in one line; of one run there is no interval."""
+    value = value if seeds > 1 else value | {"ci95": None}
+    return estimate(value, form, open_end="?", missing="not reached").replace("\n", " ")
+
+
+if __name__ == "__main__":
+    flags.main(Config, run)

@@ -1,0 +1,203 @@
+"""Sigmoids on MNIST: is a network with BatchNorm better, sooner and steadier inside?
+
+Ioffe & Szegedy 2015, section 4.1: 28x28 pixels of 0 and 1, three layers of 100 sigmoids,
+softmax cross-entropy, 50,000 steps with batches of 60; with BatchNorm before each sigmoid and
+without. Test accuracy against steps (figure 1a), and the 15th, 50th and 85th percentile of the
+input of a typical sigmoid of the last hidden layer (figures 1b and c).
+
+What the paper leaves open, and what is done here: plain SGD; each arm at the best learning rate
+of a grid; "small random Gaussian" weights are Glorot's, Gaussian and cut off at two standard
+deviations (.05 in the first layer, .1 in the others); 5,000 of the 60,000 training images are
+held out, to choose the learning rate on. The typical sigmoid is the one of median drift among
+the 100 (`bn_jax.measure.drift`). Percentiles are over 1,000 of the test images, and with
+running statistics, as the network is used after training: they include what these lag behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from bn_jax.errors import UserError
+from experiments import compare, flags
+from experiments.flags import flag
+
+EXPERIMENT = "mnist_sigmoid"
+QUESTION = "Is a network of sigmoids better, sooner and steadier inside with BatchNorm?"
+# Section 4.1. Its claims have no numbers; "much more stable" is taken as half the drift.
+SETTING = {
+    "dataset": "mnist", "scaling": "binary", "features": (100, 100, 100),
+    "activation": "sigmoid", "places": ("before",), "batch_size": 60, "steps": 50_000,
+}  # fmt: skip
+MUCH = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(compare.Config):
+    """Every flag of the experiment; see `python -m experiments.mnist_sigmoid --help`."""
+
+    QUICK: ClassVar = {
+        "dataset": "digits", "learning_rates": (0.3, 3.0), "seeds": 3, "steps": 3000,
+        "eval_every": 60, "validation_fraction": 0.2,
+    }  # fmt: skip
+
+    dataset: str = flag("mnist", "as in experiments.compare")
+    scaling: str = flag("binary", "as in experiments.compare")
+    validation_fraction: float = flag(1 / 12, "as in experiments.compare")
+    features: tuple[int, ...] | None = flag((100, 100, 100), "widths of the hidden layers")
+    activation: str | None = flag("sigmoid", "as in experiments.compare")
+    places: tuple[str, ...] | None = flag(("before",), "as in experiments.compare")
+    learning_rates: tuple[float, ...] = flag((0.1, 1.0), "learning rates to try")
+    steps: int = flag(50_000, "training steps of a run")
+    eval_every: int = flag(500, "training steps between evaluations; divides steps")
+
+    def check(self) -> None:
+        """Raises a UserError for a flag that makes no sense."""
+        super().check()
+        if self.model != "mlp" or self.features is None:
+            raise UserError(
+                f"--model={self.model} --features={self.features}: the units that are watched "
+                "are of an mlp whose widths are named"
+            )
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Compares, fills the workdir, prints the tables; the summary comes back."""
+    from bn_jax.measure.activations import Percentiles
+
+    watch = Percentiles()
+    return compare.run(
+        config, experiment=EXPERIMENT, question=QUESTION, watch=watch,
+        extra=lambda training: extra(training, watch.paths),
+    )  # fmt: skip
+
+
+def extra(training: compare.Training, paths: dict) -> compare.Extra:
+    """The drift of every arm, the source's claims beside ours, and the figures."""
+    from bn_jax.measure.activations import PERCENTILES, sample
+    from bn_jax.measure.drift import drift_summary
+    from bn_jax.report import percentiles as report
+
+    summary = training.summary
+    tenth = {run: own[: -(-len(own) // 10)] for run, own in paths.items()}
+    drift = {
+        "percentiles": PERCENTILES,
+        "images": len(sample(training.dataset)),
+        **drift_summary(training.records, summary, paths),
+        "first_tenth": drift_summary(training.records, summary, tenth),
+    }
+    shown = {arm["arm"]: unit_paths(training, arm, paths) for arm in summary["arms"]}
+    figures = (
+        ("typical_unit.png", report.TYPICAL, report.typical_units(summary, shown)),
+        ("all_units.png", report.all_units_caption(shown), report.all_units(summary, shown)),
+    )
+    published = list(rows(training, drift))
+    return compare.Extra({"drift": drift, "published": published}, figures)
+
+
+def unit_paths(training: compare.Training, arm: dict, paths: dict) -> Any:
+    """Of the first seed of an arm at its own best point."""
+    import numpy as np
+
+    from bn_jax.measure import Point
+    from bn_jax.measure.drift import drift, typical_unit
+    from bn_jax.report.percentiles import Paths
+
+    point = Point(*(arm[field] for field in Point._fields))
+    own = np.stack(paths[arm["arm"], point, training.config.seed])
+    steps = np.array(training.records[0]["steps"][1:][: len(own)])
+    return Paths(steps, own, drift(own), typical_unit(drift(own)))
+
+
+def rows(training: compare.Training, drift: dict) -> Any:
+    """Every arm beside the baseline; for none and bn, what the source claims of them.
+
+    A claim agrees where the 95 % interval of ours holds nothing else: of the difference in
+    accuracy, of the ratio of steps, of the ratio of drifts. It is judged in runs of the
+    source's setting with more than one seed.
+    """
+    base = training.summary["baseline"]
+    for place, arm in enumerate(training.summary["arms"][1:], 1):
+        names = f"{base} / {arm['arm']}"
+        claimed = names == "none / bn"
+        judged = claimed and is_the_sources(training.config)
+        for what, here, claim, holds in (
+            accuracies(training, place), steps(training, place), *drifts(drift, place)
+        ):  # fmt: skip
+            yield {
+                "quantity": f"{names}: {what}",
+                "here": here,
+                "source": claim if claimed else None,
+                "agrees": holds if judged and claim else None,
+            }
+
+
+def is_the_sources(config: Config) -> bool:
+    """Whether a run tells anything of the source's claims."""
+    return config.seeds > 1 and all(getattr(config, k) == v for k, v in SETTING.items())
+
+
+def accuracies(training: compare.Training, place: int) -> tuple[str, str, str, bool]:
+    """After the last step; the difference is of the two runs of a seed."""
+    from bn_jax.measure.convergence import median, median_interval
+    from bn_jax.report.points import same_point
+
+    arms = training.summary["arms"]
+    base, own = (
+        [100 * (r["test_accuracy"][-1] or 0) for r in training.records if same_point(r, arm)]
+        for arm in (arms[0], arms[place])
+    )
+    more = [b - a for a, b in zip(base, own, strict=True)]
+    low, high = median_interval(more)
+    here = (
+        f"{median(base):.2f} / {median(own):.2f}, {median(more):+.2f} [{low:.2f}, {high:.2f}]"
+    )
+    return "last test accuracy (%), difference", here, "higher with BN", low > 0
+
+
+def steps(training: compare.Training, place: int) -> tuple[str, str, str, bool]:
+    """To the target, which is the best of the baseline."""
+    from bn_jax.report.text import whole
+
+    summary = training.summary
+    medians = [a["steps_to_target"]["median"] for a in summary["arms"]]
+    ratio = summary["speedup"][place - 1]["steps"]
+    what = f"steps to {summary['target']['value']:.2%}, ratio"
+    here = _ratio(medians[0], medians[place], ratio, whole)
+    return what, here, "fewer with BN", above(ratio, 1)
+
+
+def drifts(drift: dict, place: int) -> Any:
+    """Of the percentiles: each arm at its best point, then all at one rate after the other."""
+    from bn_jax.report.text import number
+
+    compared = [("drift, ratio", drift, "much more stable with BN")]
+    compared.append(("drift in the first tenth, ratio", drift["first_tenth"], None))
+    for block in drift["by_rate"]:
+        rate, scale = (block["arms"][0][field] for field in ("learning_rate", "init_scale"))
+        at = f"at rate {number(rate)}" + (f", scale {number(scale)}" if scale != 1 else "")
+        compared.append((f"drift {at}, ratio", block, None))
+    for what, block, claim in compared:
+        medians = [arm["median"] for arm in block["arms"]]
+        ratio = block["times_smaller"][place - 1]
+        here = _ratio(medians[0], medians[place], ratio, number)
+        yield what, here, claim, above(ratio, MUCH)
+
+
+def above(ratio: dict, bound: float) -> bool:
+    """Whether the whole interval is; an end that is None is infinite."""
+    low = ratio["ci95"][0]
+    return low is None or low > bound
+
+
+def _ratio(base, own, ratio, form):
+    """ "4,500 / 900 = 5 [4, 6]"; what was not reached, or is infinite, is a "-"."""
+    from bn_jax.report.text import bracketed, number
+
+    texts = ["-" if v is None else form(v) for v in (base, own)]
+    value = "-" if ratio["ratio"] is None else number(ratio["ratio"])
+    return f"{' / '.join(texts)} = {value} {bracketed(ratio['ci95'], number, '-')}".rstrip()
+
+
+if __name__ == "__main__":
+    flags.main(Config, run)

@@ -1,0 +1,96 @@
+"""BatchNorm, dropout and L2: the settings, the rows' rules, and a tiny run."""
+
+import io
+import json
+from contextlib import redirect_stdout
+
+import numpy as np
+import pytest
+
+from bn_jax.errors import UserError
+from experiments import regularisation
+from experiments.regularisation import Cell, Measured
+
+
+def test_the_settings():
+    config = regularisation.Config()
+    assert (config.dataset, config.train_examples) == ("mnist", 500)
+    assert config.seeds >= 10
+    assert 0.0 in config.dropouts
+    assert 0.0 in config.l2s
+    quick = regularisation.Config(quick=True)
+    assert (quick.dataset, quick.train_examples, quick.seeds) == ("digits", 200, 10)
+
+
+def test_every_combination_is_an_arm():
+    # The quick size changes l2s, not what an arm says itself.
+    config = regularisation.Config(quick=True, dropouts=(0.0, 0.5), l2s=(0.0, 0.1))
+    arms = regularisation.arms(config)
+    assert len(arms) == 2 * 2 * 2
+    own = arms["bn, dropout 0.5, L2 0.1"].config(config)
+    assert (own.dropout, own.l2) == (0.5, 0.1)
+    assert arms["none, dropout 0, L2 0"].config(config).dropout == 0.0
+
+
+def measured(test, gap):
+    noise = np.linspace(-0.001, 0.001, 10)
+    return Measured(0.1, [test] * 10, list(test + noise), list(gap - noise), 0)
+
+
+@pytest.mark.parametrize(
+    ("none_gap", "bn_gap", "bn_dropped", "regularises", "obsolete"),
+    [
+        (0.10, 0.05, 0.05, True, True),  # dropout changes nothing
+        (0.10, 0.05, 0.02, True, False),  # it still helps
+        (0.05, 0.10, 0.12, False, True),  # it harms
+    ],
+)
+def test_the_claims(none_gap, bn_gap, bn_dropped, regularises, obsolete):
+    config = regularisation.Config(dropouts=(0.0, 0.5), l2s=(0.0,))
+    # All right on the training set: what the gap loses the test accuracy gains.
+    gaps = {
+        Cell("none", 0.0, 0.0): none_gap, Cell("none", 0.5, 0.0): none_gap / 2,
+        Cell("bn", 0.0, 0.0): bn_gap, Cell("bn", 0.5, 0.0): bn_dropped,
+    }  # fmt: skip
+    values = {cell: measured(1 - gap, gap) for cell, gap in gaps.items()}
+    rows = list(regularisation.rows(config, values))
+    assert [row["agrees"] for row in rows] == [None, obsolete, regularises]
+    change = 100 * (bn_gap - bn_dropped)
+    assert rows[1]["here"].startswith(f"{change:+.1f} [")
+
+
+def test_a_tiny_run(tmp_path):
+    folder = tmp_path / "w"
+    config = regularisation.Config(
+        dataset="digits", train_examples=40, features=(32,), arms=("bn",), dropouts=(0.0, 0.5),
+        l2s=(0.0,), learning_rates=(0.1, 0.3), seeds=2, steps=60, batch_size=20, eval_every=60,
+        validation_fraction=0.1, workdir=str(folder),
+    )  # fmt: skip
+    with redirect_stdout(io.StringIO()) as written:
+        summary = regularisation.run(config)
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert (folder / "figures" / "accuracy_and_gap.png").exists()
+    kept, dropped = summary["combinations"]
+    assert (kept["dropout"], dropped["dropout"]) == (0.0, 0.5)
+    # Thirty epochs of 40 examples: learnt by heart.
+    assert kept["test_accuracy"]["median"] + kept["gap"]["median"] == pytest.approx(1)
+    assert kept["gap"]["median"] > 0.05
+    (row,) = summary["published"]
+    assert row["quantity"].startswith("bn, L2 0: dropout 0.5")
+    assert "agrees" in written.getvalue()
+    assert "Beside the published numbers" in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"dropouts": (0.0, 1.0)}, "--dropouts: 1.0 must be at least 0 and below 1"),
+        ({"l2s": (-0.1,)}, "--l2s: -0.1 must be at least 0"),
+        ({"l2s": ()}, "--l2s=: name one or more"),
+        ({"dropout": 0.3}, "--dropout: here --dropouts"),
+        ({"l2": 0.3}, "--l2: here --l2s"),
+    ],
+)
+def test_wrong_flags(flags, message):
+    with pytest.raises(UserError, match=message):
+        regularisation.arms(regularisation.Config(**flags))
