@@ -13,9 +13,7 @@ from bn_jax.errors import UserError
 from experiments.config import Config, listed
 
 # What makes the network of 224x224 images one of 32x32, of some 40 ms a step on two cores.
-NARROW = {
-    "inception": {"stem": "small", "width": 0.25, "blocks": ("3a", "3c", "4a", "4e", "5b")}
-}
+NARROW = {"inception": {"stem": "small", "width": 0.25, "blocks": ("3c", "4a", "4e", "5b")}}
 
 
 class Arm(NamedTuple):

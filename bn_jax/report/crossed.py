@@ -5,14 +5,13 @@ It has no baseline and no target, as `bn_jax.report.html_page` wants, but tables
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bn_jax.report import markup
-from bn_jax.report.figures import save
 from bn_jax.report.files import write_atomically
+from bn_jax.report.folder import save_more, write_captions, write_numbers
 from bn_jax.report.tables import published_rows, terminal_table
 from bn_jax.report.text import subject
 
@@ -38,12 +37,9 @@ def write(
       ValueError: `summary` or `config` holds NaN or infinity, which JSON does not have.
     """
     # The numbers first: they stay if a figure fails.
-    for name, content in (("config.json", config), ("summary.json", summary)):
-        text = json.dumps(content, indent=2, allow_nan=False)
-        write_atomically(folder / name, text + "\n")
-    saved = [
-        (caption, save(figure, folder / "figures" / name)) for name, caption, figure in figures
-    ]
+    write_numbers(summary, config, folder)
+    saved = save_more(figures, folder)
+    write_captions(saved)
     page = folder / "report.html"
     write_atomically(page, html_page(summary, config, saved))
     return page

@@ -37,17 +37,25 @@ def write(
     """
     folder = Path(folder)
     # The numbers first: they stay if a figure fails.
-    for name, content in (("config.json", config), ("summary.json", summary)):
-        text = json.dumps(content, indent=2, allow_nan=False)
-        write_atomically(folder / name, text + "\n")
+    write_numbers(summary, config, folder)
     paths = save_all(records, summary, folder / "figures")
-    figures = list(zip(captions(summary), paths, strict=True))
-    for name, caption, figure in more:
-        figures.append((caption, save(figure, folder / "figures" / name)))
+    figures = [*zip(captions(summary), paths, strict=True), *save_more(more, folder)]
     write_captions(figures)
     page = folder / "report.html"
     write_atomically(page, html_page(summary, config, figures, question))
     return page
+
+
+def write_numbers(summary: dict, config: dict, folder: Path) -> None:
+    """Writes config.json and summary.json."""
+    for name, content in (("config.json", config), ("summary.json", summary)):
+        text = json.dumps(content, indent=2, allow_nan=False)
+        write_atomically(folder / name, text + "\n")
+
+
+def save_more(figures: Sequence[tuple[str, str, Figure]], folder: Path) -> list:
+    """Writes figures, (name, caption, figure) each; captions and paths."""
+    return [(caption, save(f, folder / "figures" / name)) for name, caption, f in figures]
 
 
 def write_captions(figures: Sequence[tuple[str, Path]]) -> None:

@@ -70,7 +70,7 @@ def section(finished: Finished, figures: Path, link: str) -> str:
         f"## {finished.name}: {summary['question']}",
         f"```\n{finished.config['command']}\n```\n{_spent(finished)}",
     ]
-    if "budget_steps" in summary:
+    if "speedup" in summary:
         parts.append(f"{headline(summary)}.")
         parts.append(table(*summary_rows(summary)))
         parts += speedup_lines(summary)
