@@ -2,21 +2,35 @@
 
 from bn_jax.models.cifar import CifarA, CifarB
 from bn_jax.models.cnn import CNN
+from bn_jax.models.inception import Inception
+from bn_jax.models.lstm import LSTM, LSTM_PLACES
 from bn_jax.models.mlp import MLP
 from bn_jax.models.norms import ACTIVATIONS, NORMS, PLACES, GroupNorm, Norm
 
 # By the name of a flag.
-FAMILIES = {"mlp": MLP, "cnn": CNN, "cifar_a": CifarA, "cifar_b": CifarB}
+FAMILIES = {
+    "mlp": MLP,
+    "cnn": CNN,
+    "cifar_a": CifarA,
+    "cifar_b": CifarB,
+    "lstm": LSTM,
+    "inception": Inception,
+}
+# Where the norm may go in families that have other places than `PLACES`.
+OWN_PLACES = {"lstm": LSTM_PLACES}
 
 __all__ = [
     "ACTIVATIONS",
     "CNN",
     "FAMILIES",
+    "LSTM",
     "MLP",
     "NORMS",
+    "OWN_PLACES",
     "PLACES",
     "CifarA",
     "CifarB",
     "GroupNorm",
+    "Inception",
     "Norm",
 ]

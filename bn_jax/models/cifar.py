@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 
+from bn_jax.models.inception import max_pool
 from bn_jax.models.norms import Norm, hidden_layer, normalized
 
 
@@ -43,10 +44,10 @@ class _Cifar(nn.Module):
             for padding in ("SAME", second):
                 conv = functools.partial(nn.Conv, c, (3, 3), padding=padding)
                 x = hidden_layer(self.norm, self.places, conv, self.activation, x, train)
-            x = nn.max_pool(x, (2, 2), strides=(2, 2))
+            if min(x.shape[1:3]) < 2:
+                raise ValueError(f"images of {image} are too small for {len(channels)} blocks")
+            x = max_pool(x, 2, 2, "VALID")
             x = nn.Dropout(self.dropout / 2, deterministic=not train)(x)
-        if x.size == 0:
-            raise ValueError(f"images of {image} are too small for {len(channels)} blocks")
         return x.reshape(x.shape[0], -1)
 
     def dense(self, width: int, x: jax.Array, train: bool) -> jax.Array:
