@@ -7,15 +7,11 @@ figures are the experiment's own.
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bn_jax.errors import UserError
-from experiments import workdir
-from experiments.arms import Arm, build_run, in_steps, load_data
-from experiments.compare import Extra, Training, print_layers, seconds, train
+from experiments.arms import Arm
+from experiments.conduct import Extra, Training, conduct
 
 
 def run(
@@ -41,54 +37,17 @@ def run(
       refusal: arms whose layers refuse with a message that has these words are left out;
         by default that is an error.
     """
-    from bn_jax.training.xla import set_flags
 
-    start = time.perf_counter()
-    xla_flags = set_flags()
-    import jax
+    def write(_, summary, settings, folder, figures):
+        from bn_jax.report import crossed as report
 
-    from bn_jax.report import crossed as report
+        report.write(summary, settings, folder, figures)
+        report.print_summary(summary)
 
-    dataset = load_data(config)
-    command = workdir.command(config, experiment)
-    config = in_steps(config, dataset)
-    runs = _build(config, arms, dataset, refusal)
-    folder = workdir.create(config.workdir, experiment, config.overwrite)
-    devices = [f"{d.platform}: {d.device_kind}" for d in jax.devices()]
-    settings = workdir.write_config(
-        folder, config, experiment, devices, xla_flags=xla_flags, command=command
-    )
-    if config.summary:
-        print_layers(runs, dataset)
-    records = train(config, dataset, runs, {name: arms[name] for name in runs}, folder, watch)
-    more = conclude(Training(config, dataset, runs, records, {}))
-    settings["seconds"] = seconds(records, time.perf_counter() - start)
-    summary = {
-        "experiment": experiment,
-        "question": question,
-        "dataset": config.dataset,
-        "model": config.model,
-        **more.summary,
-        "seconds": settings["seconds"],
-    }
-    report.write(summary, settings, folder, more.figures)
-    report.print_summary(summary)
-    print(folder / "report.html")
-    return summary
-
-
-def _build(config, arms, dataset, refusal):
-    runs = {}
-    for name, arm in arms.items():
-        try:
-            runs[name] = build_run(config, arm, dataset)
-        except UserError as e:
-            if refusal is None or refusal not in str(e):
-                raise
-            print(f"{name}: refused, {e}", file=sys.stderr)
-    if not runs:
-        raise UserError("every arm is refused: there is nothing to train")
-    return runs
+    return conduct(
+        config, arms, experiment=experiment, question=question, conclude=conclude,
+        write=write, watch=watch, refusal=refusal,
+    )  # fmt: skip
 
 
 def best_runs(records: list[dict]) -> dict[str, list[dict]]:

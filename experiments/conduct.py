@@ -1,0 +1,204 @@
+"""What every experiment that trains arms does: train them, and leave a folder of results."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bn_jax.errors import UserError
+from experiments import workdir
+from experiments.arms import Arm, build_run, grid, in_steps, load_data
+from experiments.config import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What was trained, for an experiment that shows more than the comparison.
+
+    Attributes:
+      config, dataset: of the experiment.
+      runs: a `bn_jax.training.run.Run` by arm.
+      records: of all runs.
+      summary: what `summary.json` has of it so far.
+    """
+
+    config: Config
+    dataset: Any
+    runs: Mapping[str, Any]
+    records: list[dict]
+    summary: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Extra:
+    """What an experiment concludes.
+
+    Attributes:
+      summary: entries of `summary.json`. Shown as tables are `published`, rows of `quantity`,
+        `here`, `source` (text or None), `agrees` (bool or None) and perhaps `reason`, and of
+        experiments without a baseline `tables`, each `title`, `header`, `rows`.
+      figures: (name, caption, matplotlib figure).
+    """
+
+    summary: dict[str, Any] = dataclasses.field(default_factory=dict)
+    figures: tuple[tuple[str, str, Any], ...] = ()
+
+
+def conduct(
+    config: Config,
+    arms: Mapping[str, Arm],
+    *,
+    experiment: str,
+    question: str,
+    conclude: Callable[[Training], Extra],
+    write: Callable[..., None],
+    watch: Callable[[str, Any], None] = lambda arm, evaluation: None,
+    refusal: str | None = None,
+) -> dict[str, Any]:
+    """Trains the arms and fills the workdir; what `summary.json` holds comes back.
+
+    Args:
+      config: of the experiment.
+      arms: what is trained, by name.
+      experiment, question: its name, and what the page answers.
+      conclude: from what was trained to the rest of the summary, and figures.
+      write: (records, summary, settings, folder, figures): leaves the page, prints the tables.
+      watch: is given every arm's `bn_jax.measure.Evaluation`s while it trains.
+      refusal: arms whose layers refuse with a message that has these words are left out;
+        by default that is an error.
+    """
+    from bn_jax.training.xla import set_flags
+
+    start = time.perf_counter()
+    xla_flags = set_flags()
+    import jax
+
+    dataset = load_data(config)
+    command = workdir.command(config, experiment)
+    config = in_steps(config, dataset)
+    runs = _build(config, arms, dataset, refusal)
+    folder = workdir.create(config.workdir, experiment, config.overwrite)
+    devices = [f"{d.platform}: {d.device_kind}" for d in jax.devices()]
+    settings = workdir.write_config(
+        folder, config, experiment, devices, xla_flags=xla_flags, command=command
+    )
+    if config.summary:
+        print_layers(runs, dataset)
+    records = train(config, dataset, runs, {name: arms[name] for name in runs}, folder, watch)
+    about = {"experiment": experiment, "question": question}
+    about |= {"dataset": config.dataset, "model": config.model}
+    found = conclude(Training(config, dataset, runs, records, about))
+    settings["seconds"] = seconds(records, time.perf_counter() - start)
+    summary = about | found.summary | {"seconds": settings["seconds"]}
+    write(records, summary, settings, folder, found.figures)
+    print(folder / "report.html")
+    return summary
+
+
+def _build(config, arms, dataset, refusal):
+    runs = {}
+    for name, arm in arms.items():
+        try:
+            runs[name] = build_run(config, arm, dataset)
+        except UserError as e:
+            if refusal is None or refusal not in str(e):
+                raise
+            print(f"{name}: refused, {e}", file=sys.stderr)
+    if not runs:
+        raise UserError("every arm is refused: there is nothing to train")
+    return runs
+
+
+def print_layers(runs: Mapping[str, Any], dataset: Any) -> None:
+    """A table of every arm's layers, with shapes and parameter counts."""
+    import jax
+    from flax import linen as nn
+
+    from bn_jax.training.run import Swept
+
+    # No colours, as the output may go to a file.
+    console = {"width": 120, "force_terminal": False}
+    example = dataset.scaled(dataset.train.inputs[:1])
+    for name, run in runs.items():
+        model = run.model(Swept(1.0, 1.0, 0.5))
+        table = nn.tabulate(model, jax.random.key(0), depth=1, console_kwargs=console)
+        print(f"{name}:{table(example, train=False).rstrip()}\n")
+        trained, kept = parameter_counts(run, dataset)
+        print(
+            f"{name}: {trained:,} parameters, {kept:,} running statistics, "
+            f"{trained + kept:,} in all\n"
+        )
+
+
+def parameter_counts(run: Any, dataset: Any) -> tuple[int, int]:
+    """How many parameters are trained, and how many running statistics there are beside."""
+    import jax
+
+    from bn_jax.training.run import Swept
+
+    state = jax.eval_shape(
+        run.init, jax.random.key(0), Swept(1.0, 1.0, 0.5), dataset.train.inputs
+    )
+    return tuple(
+        sum(v.size for v in jax.tree.leaves(part))
+        for part in (state.train.params, state.train.batch_stats)
+    )
+
+
+def train(
+    config: Config,
+    dataset: Any,
+    runs: Mapping[str, Any],
+    arms: Mapping[str, Arm],
+    folder: Path,
+    watch: Callable[[str, Any], None],
+) -> list[dict]:
+    """Trains every arm; each run's record is in the file as soon as the run has ended."""
+    from bn_jax import measure, report
+    from experiments.progress import Progress
+    from experiments.watchers import live, note
+
+    grids = {name: grid(config, arm) for name, arm in arms.items()}
+    budgets = {
+        name: measure.Budget(own.steps, own.eval_every, own.patience)
+        for name, own in ((name, arm.config(config)) for name, arm in arms.items())
+    }
+    seeds = range(config.seed, config.seed + config.seeds)
+    total = config.seeds * sum(len(grids[name]) * budgets[name].steps for name in arms)
+    records = []
+    with (
+        Progress(total) as progress,
+        live(folder if config.tensorboard else None) as write,
+        report.open_records(folder / "records.jsonl") as file,
+    ):
+        for name, points in grids.items():
+            progress.describe(f"{name}: {len(points) * config.seeds} runs")
+
+            def see(evaluation, name=name):
+                write(name, evaluation)
+                watch(name, evaluation)
+                per_epoch = config.eval_every if config.epochs else None
+                progress.advance(evaluation.run_steps, note(evaluation, per_epoch))
+
+            for finished in measure.sweep(
+                runs[name], dataset, points, seeds, budgets[name],
+                max_runs_at_once=config.max_runs_at_once, on_evaluation=see,
+            ):  # fmt: skip
+                for record in finished:
+                    records.append({"arm": name, **record})
+                    report.append_record(file, records[-1])
+    return records
+
+
+def seconds(records: list[dict], total: float) -> dict[str, float]:
+    """Where the time went, in seconds; `training` and `evaluation` are summed over runs."""
+    compilation = {r["arm"]: r["seconds"]["compilation"] for r in records}
+    return {
+        "total": total,
+        "compilation": sum(compilation.values()),
+        **{k: sum(r["seconds"][k] for r in records) for k in ("training", "evaluation")},
+    }
