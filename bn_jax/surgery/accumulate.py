@@ -15,27 +15,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-import bn_jax.linen
-import bn_jax.nnx
 from bn_jax.core.arrays import abs2
 from bn_jax.core.layer import updated
 from bn_jax.core.moments import Moments
 from bn_jax.core.running import BatchStats, ema
-from bn_jax.surgery.intercept import Model
-from bn_jax.surgery.layers import get_stats, input_moments, set_stats
-from bn_jax.surgery.micro_batches import (
-    GHOSTS,
-    Forward,
-    join,
-    merged,
-    named,
-    scan,
-    split,
-    zeros,
-)
+from bn_jax.surgery.intercept import GHOSTS, RENORMS, Model
+from bn_jax.surgery.layers import input_moments
+from bn_jax.surgery.micro_batches import Forward, merged, named, scan, zeros
+from bn_jax.surgery.tree import get_stats, join, set_leaves, split
 
 Loss = Callable[[Any, Any], jax.Array]
-RENORMS = (bn_jax.linen.BatchRenorm, bn_jax.nnx.BatchRenorm)
 
 
 def accumulate(
@@ -198,7 +187,7 @@ def _moved(state, calls, moments):
             before = BatchStats(**{"count": jnp.int32(0)} | stats)
             after = _update(call.layer, before, batch)
             new = {name: getattr(after, name) for name in stats}
-            state = set_stats(state, {call.path: new})
+            state = set_leaves(state, {call.path: new})
     return state
 
 

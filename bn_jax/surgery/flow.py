@@ -11,9 +11,7 @@ import itertools
 from collections import Counter, defaultdict
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
-from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
@@ -26,11 +24,8 @@ from bn_jax.surgery.intercept import (
     intercept,
     spelled,
 )
+from bn_jax.surgery.kernels import LINEAR
 
-LINEAR = (
-    nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose,
-    nnx.Linear, nnx.LinearGeneral, nnx.Conv, nnx.ConvTranspose,
-)  # fmt: skip
 MARK = "bn_jax.surgery.flow"
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from bn_jax.core.arrays import feature_shape, widen
 from bn_jax.surgery import kernels
-from bn_jax.surgery.flow import LINEAR, Flow, trace
+from bn_jax.surgery.flow import Flow, trace
 from bn_jax.surgery.intercept import (
     BATCH_NORMS,
     Call,
@@ -149,7 +149,7 @@ def _without(model, variables, flow, pairs):
                 return call.proceed()
         return call.proceed()
 
-    changed = intercept(model, variables, hook, LINEAR + BATCH_NORMS)
+    changed = intercept(model, variables, hook, kernels.LINEAR + BATCH_NORMS)
     return replace_leaves(changed, variables, new, absorbed)
 
 

@@ -16,6 +16,7 @@ import jax
 from flax import nnx, traverse_util
 
 from bn_jax.surgery.intercept import Call, Model, Path, intercept, spelled
+from bn_jax.surgery.tree import flat
 
 Pattern = str | Sequence[str]
 
@@ -111,10 +112,7 @@ def matching(variables: Any, pattern: Pattern) -> set[Path]:
 
 def norm_paths(variables: Any) -> list[Path]:
     """The layers that have a running mean and variance."""
-    if isinstance(variables, nnx.State):
-        leaves = [p for p, v in nnx.to_flat_state(variables) if type(v) is nnx.BatchStat]
-    else:
-        leaves = list(traverse_util.flatten_dict(variables.get("batch_stats", {})))
+    leaves = flat(variables, nnx.BatchStat)
     return [p[:-1] for p in leaves if p[-1] == "mean" and (*p[:-1], "var") in leaves]
 
 

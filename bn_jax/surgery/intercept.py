@@ -26,7 +26,9 @@ import bn_jax.nnx
 Path = tuple[str | int, ...]
 SOWN = "bn_jax.surgery"
 OURS = (bn_jax.linen.BatchNorm, bn_jax.nnx.BatchNorm)
-BATCH_NORMS = (nn.BatchNorm, nnx.BatchNorm, *OURS)
+GHOSTS = (bn_jax.linen.GhostBatchNorm, bn_jax.nnx.GhostBatchNorm)
+RENORMS = (bn_jax.linen.BatchRenorm, bn_jax.nnx.BatchRenorm)
+BATCH_NORMS = (nn.BatchNorm, nnx.BatchNorm, *OURS)  # of which the others are subclasses
 
 
 class Call(NamedTuple):

@@ -16,6 +16,7 @@ DENSE = (nn.Dense, nnx.Linear)
 GENERAL = (nn.DenseGeneral, nnx.LinearGeneral)
 CONV = (nn.Conv, nnx.Conv)
 TRANSPOSED = (nn.ConvTranspose, nnx.ConvTranspose)
+LINEAR = DENSE + GENERAL + CONV + TRANSPOSED
 # At the border of an image these put no constant in: what the inputs have in common stays so.
 PADS_NOTHING = ("VALID", "CIRCULAR", "REFLECT")
 

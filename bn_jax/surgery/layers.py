@@ -1,12 +1,12 @@
-"""The BatchNorm layers of a model, found by running it: what each sees, and its statistics.
+"""The BatchNorm layers of a model, found by running it, and what each sees.
 
 Layers are named by their path: of module names in Linen, of attributes and indices in NNX,
-which is where their statistics are among the variables.
+which is where their variables are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import flax.linen as nn
@@ -26,30 +26,6 @@ from bn_jax.surgery.intercept import (
 )
 
 
-def run(
-    model: Model,
-    variables: Any,
-    *inputs: Any,
-    see: Callable[[Call], None],
-    inference: Collection[Path] = (),
-    **call: Any,
-) -> Any:
-    """The model's output; nothing that it does to its variables is kept.
-
-    Args:
-      model, variables: see `bn_jax.surgery`.
-      *inputs, **call: what the model is called with.
-      see: is given every call of a BatchNorm, before it.
-      inference: paths of layers that use their running statistics, whatever the call says.
-    """
-
-    def hook(layer_call):
-        see(layer_call)
-        return layer_call.proceed(True if layer_call.path in inference else None)
-
-    return apply(intercept(model, variables, hook), variables, *inputs, **call)
-
-
 def batch_moments(
     model: Model,
     variables: Any,
@@ -59,7 +35,12 @@ def batch_moments(
 ) -> dict[Path, Moments]:
     """The Moments of what every BatchNorm sees in one batch, in the order of the calls.
 
-    Those of a layer that is called several times are merged. Arguments as for `run`.
+    Those of a layer that is called several times are merged.
+
+    Args:
+      model, variables: see `bn_jax.surgery`.
+      *inputs, **call: what the model is called with.
+      inference: paths of layers that use their running statistics, whatever the call says.
     """
     layers: dict[Path, Any] = {}
 
@@ -109,38 +90,10 @@ def layer_paths(model: Model, variables: Any, *inputs: Any, **call: Any) -> list
     """The BatchNorm layers that a call uses, in the order of their first use."""
     paths: dict[Path, None] = {}
 
-    def see(layer_call):
+    def hook(layer_call):
         paths[layer_call.path] = None
+        return layer_call.proceed()
 
-    def trace(variables, inputs):
-        return run(model, variables, *inputs, see=see, **call)
-
-    jax.eval_shape(trace, variables, inputs)
+    seen = intercept(model, variables, hook)
+    jax.eval_shape(lambda v, x: apply(seen, v, *x, **call), variables, inputs)
     return list(paths)
-
-
-def get_stats(variables: Any, path: Path) -> dict[str, jax.Array]:
-    """The running statistics of the layer at `path`: mean, var and perhaps count."""
-    if isinstance(variables, nnx.State):
-        leaf = nnx.to_flat_state(variables)
-        return {p[-1]: v[...] for p, v in leaf if p[:-1] == path and type(v) is nnx.BatchStat}
-    stats = variables["batch_stats"]
-    for name in path:
-        stats = stats[name]
-    return dict(stats)
-
-
-def set_stats(variables: Any, new: dict[Path, dict[str, jax.Array]]) -> Any:
-    """The variables with other running statistics, each in the dtype that it had."""
-    if isinstance(variables, nnx.State):
-        flat = dict(nnx.to_flat_state(variables))
-        for path, stats in new.items():
-            for name, v in stats.items():
-                old = flat[*path, name]
-                flat[*path, name] = old.replace(v.astype(old.dtype))
-        return nnx.from_flat_state(flat)
-    flat = traverse_util.flatten_dict(variables["batch_stats"])
-    for path, stats in new.items():
-        for name, v in stats.items():
-            flat[*path, name] = v.astype(flat[*path, name].dtype)
-    return {**variables, "batch_stats": traverse_util.unflatten_dict(flat)}

@@ -12,22 +12,21 @@ from flax import nnx, traverse_util
 from jax import lax
 from jax.extend.core import get_opaque_trace_state
 
-import bn_jax.linen
-import bn_jax.nnx
 from bn_jax.core.arrays import accumulation_dtype
 from bn_jax.core.moments import Moments, merge
 from bn_jax.surgery.intercept import (
+    GHOSTS,
     Call,
     Hook,
+    Linen,
     Model,
     Path,
+    apply_and_update,
     attributes,
     intercept,
     spelled,
 )
-from bn_jax.surgery.layers import get_stats
-
-GHOSTS = (bn_jax.linen.GhostBatchNorm, bn_jax.nnx.GhostBatchNorm)
+from bn_jax.surgery.tree import flat, get_stats, join
 
 
 class Forward(NamedTuple):
@@ -74,14 +73,12 @@ class Forward(NamedTuple):
         """The output, and the state after it, of the model with a hook."""
         variables = join(params, state)
         inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-        hooked = intercept(self.model, variables, hook)
-        if isinstance(state, nnx.State):
-            module = nnx.merge(hooked, variables, copy=True)
-            return module(*inputs, **self.call), nnx.state(module)
-        keys = self.call.get("rngs")
-        rngs = jax.tree.map(lambda key: jax.random.fold_in(key, number), keys)
-        call = {**self.call, "rngs": rngs}
-        return hooked.apply(variables, *inputs, mutable=list(state), **call)
+        hooked, call = intercept(self.model, variables, hook), self.call
+        if isinstance(hooked, Linen):
+            keys = call.get("rngs")
+            rngs = jax.tree.map(lambda key: jax.random.fold_in(key, number), keys)
+            call = {**call, "rngs": rngs}
+        return apply_and_update(hooked, variables, *inputs, **call)
 
     def calls(self, params: Any, state: Any, micro_batches: Any) -> list[tuple[Call, bool]]:
         """Every call of a BatchNorm in training, and whether it moves running statistics.
@@ -137,20 +134,6 @@ def merged(moments: Moments) -> Moments:
     return lax.scan(lambda a, b: (merge(a, b), None), first, others)[0]
 
 
-def split(variables: Any) -> tuple[Any, Any]:
-    """The parameters, and all other variables."""
-    if isinstance(variables, nnx.State):
-        return nnx.split_state(variables, nnx.Param, ...)
-    return variables["params"], {n: v for n, v in variables.items() if n != "params"}
-
-
-def join(params: Any, state: Any) -> Any:
-    """The variables that `split` has split."""
-    if isinstance(state, nnx.State):
-        return nnx.merge_state(params, state)
-    return {"params": params, **state}
-
-
 def named(call: Call) -> str:
     """A layer in an error message."""
     return f"{type(call.layer).__name__} {spelled(call.path)}"
@@ -181,14 +164,11 @@ def _moves(call, before, after):
 
 def _with_stats_of(before: Any, after: Any, paths: Collection[Path]) -> Any:
     """The variables in `before` as they are after, but not the statistics of these layers."""
+    kept = {p: v for p, v in flat(before, nnx.BatchStat).items() if p[:-1] in paths}
     if isinstance(before, nnx.State):
-        new = dict(nnx.to_flat_state(after))
-        old = dict(nnx.to_flat_state(before))
-        kept = {p for p, v in old.items() if p[:-1] in paths and type(v) is nnx.BatchStat}
-        return nnx.from_flat_state({p: v if p in kept else new[p] for p, v in old.items()})
-    if not paths:
+        new = dict(nnx.to_flat_state(after)) | kept
+        return nnx.from_flat_state((p, new[p]) for p, _ in nnx.to_flat_state(before))
+    if not kept:
         return after
-    new = traverse_util.flatten_dict(after["batch_stats"])
-    old = traverse_util.flatten_dict(before["batch_stats"])
-    stats = {p: v if p[:-1] in paths else new[p] for p, v in old.items()}
-    return {**after, "batch_stats": traverse_util.unflatten_dict(stats)}
+    new = traverse_util.flatten_dict(after["batch_stats"]) | kept
+    return {**after, "batch_stats": traverse_util.unflatten_dict(new)}

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from bn_jax.core.moments import Moments
 from bn_jax.core.population import pooled
 from bn_jax.surgery.intercept import Model
-from bn_jax.surgery.layers import batch_moments, get_stats, layer_paths, set_stats
+from bn_jax.surgery.layers import batch_moments, layer_paths
+from bn_jax.surgery.tree import get_stats, set_leaves
 
 
 def recalibrate(
@@ -69,7 +70,7 @@ def recalibrate(
             path: _replaced(get_stats(variables, path), estimate, len(seen))
             for path, estimate in zip(wanted, estimates, strict=True)
         }
-        variables = set_stats(variables, new)
+        variables = set_leaves(variables, new)
     return variables
 
 
@@ -122,4 +123,4 @@ def reset(model: Model, variables: Any, *inputs: Any, **call: Any) -> Any:
     for path in layer_paths(model, variables, *inputs, **call):
         stats = get_stats(variables, path)
         new[path] = {name: start[name](v) for name, v in stats.items()}
-    return set_stats(variables, new)
+    return set_leaves(variables, new)

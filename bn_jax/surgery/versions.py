@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from bn_jax.surgery.intercept import Path, spelled
+from bn_jax.surgery.tree import flat, value
 
 VERSION = 1
 COLLECTION = "batch_stats_version"
@@ -41,8 +42,8 @@ def stamp(variables: Any) -> Any:
     """
     version = jnp.int32(VERSION)
     if isinstance(variables, nnx.State):
-        flat = dict(nnx.to_flat_state(variables))
-        return nnx.from_flat_state({**flat, (COLLECTION,): StatsVersion(version)})
+        stored = dict(nnx.to_flat_state(variables))
+        return nnx.from_flat_state(stored | {(COLLECTION,): StatsVersion(version)})
     return {**variables, COLLECTION: {"version": version}}
 
 
@@ -91,10 +92,7 @@ def _check_version(variables):
 
 
 def _stats(variables) -> Flat:
-    if isinstance(variables, nnx.State):
-        flat = nnx.to_flat_state(variables)
-        return {path: v[...] for path, v in flat if isinstance(v, nnx.BatchStat)}
-    return traverse_util.flatten_dict(variables.get("batch_stats", {}))
+    return {path: value(v) for path, v in flat(variables, nnx.BatchStat).items()}
 
 
 def _renamed(stats: Flat) -> Flat:
@@ -110,7 +108,7 @@ def _renamed(stats: Flat) -> Flat:
 def _check_leaves(given: Flat, wanted: Flat) -> None:
     """Whole layers first: one that is missing or left over is said once."""
     missing, extra = wanted.keys() - given.keys(), given.keys() - wanted.keys()
-    layers = [{path[:-1] for path in flat} for flat in (given, wanted)]
+    layers = [{path[:-1] for path in stats} for stats in (given, wanted)]
     _refuse(layers[1] - layers[0], "missing: read a tree of this model")
     _refuse(layers[0] - layers[1], "of no layer of the template: take them out, if rightly so")
     counts = {path for path in missing if path[-1] == "count"}

@@ -24,7 +24,7 @@ import bn_jax.linen
 import bn_jax.nnx
 from bn_jax.models import CNN, MLP
 from bn_jax.surgery import fold, recalibrate
-from bn_jax.surgery.layers import get_stats
+from bn_jax.surgery.tree import get_stats
 
 RNG = np.random.default_rng(0)
 both_homes = pytest.mark.parametrize("home", ["linen", "nnx"])

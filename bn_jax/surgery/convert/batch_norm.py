@@ -9,14 +9,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax import nnx
 
-import bn_jax.linen
-import bn_jax.nnx
 from bn_jax.core.presets import PRESETS
 from bn_jax.core.running import BatchStats, ema
 from bn_jax.surgery.convert.layers import Arrays, Codec, Layer
-from bn_jax.surgery.convert.models import leaves
+from bn_jax.surgery.intercept import OURS
+from bn_jax.surgery.tree import get_leaves
 
-OWN = (bn_jax.linen.BatchNorm, bn_jax.nnx.BatchNorm)
 # What no other framework's layer has, and what it is without it.
 ABSENT = {
     "activation": None, "skip_nonfinite": False, "dtype": None, "param_dtype": jnp.float32,
@@ -86,7 +84,7 @@ def carried(
       TypeError: not a BatchNorm of bn_jax.
       ValueError: a field that it does not have, and what to do.
     """
-    module, arrays = _opened(layer, variables)
+    module, arrays = opened(layer, variables)
     _refuse_fields(module, framework, has)
     preset = PRESETS.get(framework, PRESETS["flax"])  # praxis averages as Flax does
     _refuse_averages(
@@ -106,19 +104,19 @@ def carried(
     return fields, {"count": jnp.int32(0)} | arrays
 
 
-def _opened(layer, variables):
-    """The module, and its arrays."""
+def opened(layer: Any, variables: Any) -> tuple[Any, Arrays]:
+    """The module of a Linen module or an NNX GraphDef with its variables; its arrays."""
     linen = isinstance(layer, nn.Module)
     module = layer if linen else nnx.merge(layer, variables, copy=True)
-    if type(module) not in OWN:
+    return module, get_leaves(variables, ())
+
+
+def _refuse_fields(module, framework, has):
+    if type(module) not in OURS:
         raise TypeError(
             f"{type(module).__name__} is no BatchNorm of bn_jax, which alone has its like "
             "elsewhere: convert a BatchNorm with its variables"
         )
-    return module, leaves(variables).get((), {})
-
-
-def _refuse_fields(module, framework, has):
     for name, absent in ABSENT.items():
         value = getattr(module, name)
         if name not in has and value != absent:

@@ -22,7 +22,7 @@ from bn_jax.surgery.convert.layers import (
     vector,
 )
 from bn_jax.surgery.convert.network import Framework, dump, load
-from bn_jax.surgery.convert.windows import transposed_padding, window
+from bn_jax.surgery.convert.windows import window_of
 
 KINDS = {
     "Linear": "Dense", "Embedding": "Embed", "LayerNorm": "LayerNorm", "GroupNorm": "GroupNorm",
@@ -156,19 +156,8 @@ def _settings(kind, layer):
         case "GroupNorm":
             return {"epsilon": layer.eps, "num_groups": layer.groups}
         case "Conv" | "ConvTranspose":
-            return {"feature_group_count": layer.groups} | _window(kind, layer)
+            return {"feature_group_count": layer.groups} | window_of(kind, layer)
     return {}
-
-
-def _window(kind, layer):
-    padding = layer.padding
-    if layer.padding_mode != "ZEROS":
-        padding = layer.padding_mode
-    elif kind == "ConvTranspose" and not isinstance(padding, str):
-        padding = transposed_padding(
-            layer.kernel_size, padding, layer.dilation, layer.output_padding
-        )
-    return window(len(layer.kernel_size), layer.stride, layer.dilation, padding)
 
 
 def _write(foreign: Any, new: dict[str, Arrays]) -> tuple[Any, Any]:
@@ -199,21 +188,20 @@ def _debiasing(count, momentum):
 
 
 def _decode_norm(layer):
-    debiasing = _debiasing(layer.stored["batch_counter"], layer.settings["momentum"])
-    names = {"weight": "scale", "bias": "bias", "batch_counter": "count"}
-    arrays = {ours: layer.stored[n] for n, ours in names.items() if n in layer.stored}
-    return arrays | {n: layer.stored[f"hidden_{n}"] / debiasing for n in ("mean", "var")}
+    count = layer.stored["batch_counter"]
+    debiasing = _debiasing(count, layer.settings["momentum"])
+    stats = {n: layer.stored[f"hidden_{n}"] / debiasing for n in ("mean", "var")}
+    return _AFFINE.decode(layer) | {"count": count} | stats
 
 
 def _encode_norm(arrays, settings):
     count = single_count(arrays["count"])
     debiasing = _debiasing(count, settings["momentum"])
-    names = {"scale": "weight", "bias": "bias"}
-    stored = {there: arrays[ours] for ours, there in names.items() if ours in arrays}
-    stored |= {f"hidden_{n}": arrays[n] * debiasing for n in ("mean", "var")}
-    return stored | {"batch_counter": count}
+    hidden = {f"hidden_{n}": arrays[n] * debiasing for n in ("mean", "var")}
+    return _AFFINE.encode(arrays, settings) | hidden | {"batch_counter": count}
 
 
+_AFFINE = codec(scale=Leaf("weight"), bias=Leaf("bias"))
 CODECS = {
     "Dense": codec(kernel=Leaf("weight", jnp.transpose, jnp.transpose), bias=Leaf("bias")),
     "Conv": codec(kernel=Leaf("weight", outputs_last, outputs_first), bias=vector("bias")),
@@ -222,10 +210,10 @@ CODECS = {
         kernel=Leaf("weight", outputs_last, outputs_first), bias=vector("bias")
     ),
     "Embed": codec(embedding=Leaf("weight")),
-    "LayerNorm": codec(scale=Leaf("weight"), bias=Leaf("bias")),
-    "GroupNorm": codec(scale=Leaf("weight"), bias=Leaf("bias")),
+    "LayerNorm": _AFFINE,
+    "GroupNorm": _AFFINE,
     "BatchNorm": Codec(
-        frozenset({"weight", "bias", "batch_counter", "hidden_mean", "hidden_var"}),
+        _AFFINE.names | {"batch_counter", "hidden_mean", "hidden_var"},
         _decode_norm,
         _encode_norm,
     ),

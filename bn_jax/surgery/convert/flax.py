@@ -42,11 +42,9 @@ def layer_from_flax(layer: tuple[Any, Any]) -> tuple[dict[str, Any], dict[str, A
     Raises:
       ValueError: another layer.
     """
-    model, variables = layer
-    module = model if isinstance(model, nn.Module) else nnx.merge(model, variables, copy=True)
+    module, stored = batch_norm.opened(*layer)
     if not isinstance(module, nn.BatchNorm | nnx.BatchNorm):
         raise ValueError(f"not a BatchNorm of Flax, but {type(module).__name__}")
-    stored = models.leaves(variables).get((), {})
     read = Layer("", ("BatchNorm",), stored, models.settings(module))
     kept = {name: getattr(module, name) for name in KEPT}
     return batch_norm.fields_and_variables([read], models.CODECS, **kept)

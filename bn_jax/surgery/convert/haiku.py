@@ -166,22 +166,17 @@ def _write(foreign: Any, new: dict[str, Arrays]) -> tuple[Any, Any]:
 
 
 def _decode_norm(layer):
-    stored = layer.stored
-    arrays = {
-        ours: stored[name] for name, ours in (("scale", "scale"), ("offset", "bias"))
-        if name in stored
-    }  # fmt: skip
-    arrays |= {ours: stored[f"{name}/average"] for name, ours in AVERAGES.items()}
-    arrays = {name: v.reshape(-1) for name, v in arrays.items()}
-    return arrays | {"count": stored["mean_ema/counter"]}
+    stats = {
+        ours: layer.stored[f"{name}/average"].reshape(-1) for name, ours in AVERAGES.items()
+    }
+    return _AFFINE.decode(layer) | stats | {"count": layer.stored["mean_ema/counter"]}
 
 
 def _encode_norm(arrays, settings):
     """hidden = average (1 - decay^counter), as rounded there."""
     count = single_count(arrays["count"])
     left = 1 - jnp.power(jnp.asarray(settings["momentum"], arrays["mean"].dtype), count)
-    names = {"scale": "scale", "bias": "offset"}
-    stored = {there: arrays[ours] for ours, there in names.items() if ours in arrays}
+    stored = _AFFINE.encode(arrays, settings)
     for name, ours in AVERAGES.items():
         stored |= {
             f"{name}/average": arrays[ours],
@@ -197,18 +192,16 @@ def _swapped(v):
 
 # Decay and epsilon are not among the arrays.
 _NORM = {"layer": "BatchNorm"} | {n: PRESETS["haiku"][n] for n in ("estimator", "unbiased")}
-_NORM_NAMES = frozenset(
-    {"scale", "offset"}
-    | {f"{name}/{leaf}" for name in AVERAGES for leaf in ("average", "hidden", "counter")}
-)
+_AFFINE = codec(scale=vector("scale"), bias=vector("offset"))
+_AVERAGES = {f"{name}/{leaf}" for name in AVERAGES for leaf in ("average", "hidden", "counter")}
 CODECS = {
     "Dense": codec(kernel=Leaf("w"), bias=Leaf("b")),
     "Conv": codec(kernel=Leaf("w"), bias=vector("b")),
     # A correlation, as Flax's is, that is stored as [*window, out, in].
     "ConvTranspose": codec(kernel=Leaf("w", _swapped, _swapped), bias=vector("b")),
     "Embed": codec(embedding=Leaf("embeddings")),
-    "LayerNorm": codec(scale=vector("scale"), bias=vector("offset")),
-    "GroupNorm": codec(scale=vector("scale"), bias=vector("offset")),
-    "BatchNorm": Codec(_NORM_NAMES, _decode_norm, _encode_norm),
+    "LayerNorm": _AFFINE,
+    "GroupNorm": _AFFINE,
+    "BatchNorm": Codec(_AFFINE.names | _AVERAGES, _decode_norm, _encode_norm),
 }
 HAIKU = Framework(_read, _write, CODECS)

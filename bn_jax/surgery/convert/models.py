@@ -7,33 +7,37 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from flax import nnx, traverse_util
+from flax import nnx
 
-import bn_jax.linen
-import bn_jax.nnx
 from bn_jax.core.running import ema
 from bn_jax.surgery.convert.layers import Arrays, Codec, Layer, Leaf, codec, transposed
 from bn_jax.surgery.convert.windows import window
-from bn_jax.surgery.intercept import BATCH_NORMS, apply, intercept, spelled
+from bn_jax.surgery.intercept import (
+    BATCH_NORMS,
+    GHOSTS,
+    RENORMS,
+    Model,
+    Path,
+    apply,
+    intercept,
+    spelled,
+)
+from bn_jax.surgery.kernels import CONV, DENSE, GENERAL, TRANSPOSED
+from bn_jax.surgery.tree import by_layer, set_leaves
 
-GENERAL = (nn.DenseGeneral, nnx.LinearGeneral)
 KINDS = {
-    "Dense": (nn.Dense, nnx.Linear, *GENERAL),
-    "Conv": (nn.Conv, nnx.Conv),
-    "ConvTranspose": (nn.ConvTranspose, nnx.ConvTranspose),
+    "Dense": DENSE + GENERAL,
+    "Conv": CONV,
+    "ConvTranspose": TRANSPOSED,
     "Embed": (nn.Embed, nnx.Embed),
     "LayerNorm": (nn.LayerNorm, nnx.LayerNorm),
     "GroupNorm": (nn.GroupNorm, nnx.GroupNorm),
     "BatchNorm": BATCH_NORMS,
 }
 LAYOUT = {"contracted", "transpose_kernel"}  # settings that need not be alike in a pair
-VARIANTS = (
-    bn_jax.linen.GhostBatchNorm, bn_jax.nnx.GhostBatchNorm,
-    bn_jax.linen.BatchRenorm, bn_jax.nnx.BatchRenorm,
-)  # fmt: skip
 
 
-def read(model: nn.Module | nnx.GraphDef, variables: Any, *inputs: Any, **call: Any):
+def read(model: Model, variables: Any, *inputs: Any, **call: Any) -> list[Layer]:
     """The layers that a call uses.
 
     Args:
@@ -43,8 +47,8 @@ def read(model: nn.Module | nnx.GraphDef, variables: Any, *inputs: Any, **call: 
     Raises:
       ValueError: a parameter or statistic that is of no layer that is known and called.
     """
-    own = leaves(variables)
-    found: dict[tuple, Layer] = {}
+    own = by_layer(variables)
+    found: dict[Path, Layer] = {}
 
     def hook(one):
         y = one.proceed()
@@ -66,24 +70,8 @@ def read(model: nn.Module | nnx.GraphDef, variables: Any, *inputs: Any, **call: 
 
 def write(variables: Any, new: dict[str, Arrays]) -> Any:
     """The variables with other arrays in the layers of these names."""
-
-    def replaced(path, old):
-        value = new.get(spelled(path[:-1]), {}).get(path[-1])
-        return old if value is None else value
-
-    if isinstance(variables, nnx.State):
-        flat = nnx.to_flat_state(variables)
-        return nnx.from_flat_state(
-            (path, old.replace(replaced(path, old[...])) if _counts(old) else old)
-            for path, old in flat
-        )
-    changed = {}
-    for collection in ("params", "batch_stats"):
-        old = variables.get(collection, {})
-        flat = traverse_util.flatten_dict(nn.unbox(old))
-        flat = traverse_util.unflatten_dict({p: replaced(p, v) for p, v in flat.items()})
-        changed |= {collection: nn.meta.replace_boxed(old, flat)} if flat else {}
-    return {**variables, **changed}
+    paths = {spelled(path): path for path in by_layer(variables)}
+    return set_leaves(variables, {paths[name]: arrays for name, arrays in new.items()})
 
 
 def settings(layer: Any) -> dict[str, Any]:
@@ -116,7 +104,7 @@ def _window(layer):
 
 
 def _batch_norm(layer):
-    variant = [c.__name__ for c in VARIANTS if isinstance(layer, c)]
+    variant = [c.__name__ for c in GHOSTS + RENORMS if isinstance(layer, c)]
     return {
         "layer": variant[0] if variant else "BatchNorm",
         "estimator": getattr(layer, "estimator", ema),
@@ -128,24 +116,6 @@ def _batch_norm(layer):
 
 def _kind(layer):
     return next(kind for kind, classes in KINDS.items() if isinstance(layer, classes))
-
-
-def _counts(variable):
-    return isinstance(variable, nnx.Param | nnx.BatchStat)
-
-
-def leaves(variables: Any) -> dict[tuple, Arrays]:
-    """The parameters and statistics of each path."""
-    if isinstance(variables, nnx.State):
-        flat = {p: v[...] for p, v in nnx.to_flat_state(variables) if _counts(v)}
-    else:
-        flat = {}
-        for collection in ("params", "batch_stats"):
-            flat |= traverse_util.flatten_dict(nn.unbox(variables.get(collection, {})))
-    found: dict[tuple, Arrays] = {}
-    for path, v in flat.items():
-        found.setdefault(path[:-1], {})[path[-1]] = v
-    return found
 
 
 def _decode_dense(layer):

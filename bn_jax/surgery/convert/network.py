@@ -29,21 +29,12 @@ class Framework(NamedTuple):
 
 
 def load(
-    framework: Framework,
-    foreign: Any,
-    model: Any,
-    variables: Any,
-    *inputs: Any,
-    names: Mapping[str, str] | None = None,
-    flattened: Shapes | None = None,
-    unflattened: Shapes | None = None,
-    **call: Any,
+    framework: Framework, foreign: Any, model: Any, variables: Any, *inputs: Any, **options: Any
 ) -> Any:
     """The variables with the foreign model's values: what every `from_...` does."""
-    read = framework.read(foreign), models.read(model, variables, *inputs, **call)
-    shapes = flattened or {}, unflattened or {}
+    pairs, shapes = _pairs(framework, foreign, model, variables, *inputs, **options)
     new = {}
-    for theirs, ours, kind in _pairs(framework.codecs, *read, names, *shapes):
+    for theirs, ours, kind in pairs:
         arrays = framework.codecs[kind].decode(theirs)
         arrays = permuted(arrays, kind, theirs.name, *shapes)
         encoded = models.CODECS[kind].encode(arrays, ours.settings)
@@ -52,6 +43,20 @@ def load(
 
 
 def dump(
+    framework: Framework, foreign: Any, model: Any, variables: Any, *inputs: Any, **options: Any
+) -> Any:
+    """The foreign model with our values: what every `to_...` does."""
+    pairs, shapes = _pairs(framework, foreign, model, variables, *inputs, **options)
+    new = {}
+    for theirs, ours, kind in pairs:
+        arrays = models.CODECS[kind].decode(ours)
+        arrays = permuted(arrays, kind, theirs.name, *shapes, back=True)
+        encoded = framework.codecs[kind].encode(arrays, ours.settings | theirs.settings)
+        new[theirs.name] = theirs.stored | _fitted(encoded, theirs.stored)
+    return framework.write(foreign, new)
+
+
+def _pairs(
     framework: Framework,
     foreign: Any,
     model: Any,
@@ -61,32 +66,21 @@ def dump(
     flattened: Shapes | None = None,
     unflattened: Shapes | None = None,
     **call: Any,
-) -> Any:
-    """The foreign model with our values: what every `to_...` does."""
-    read = framework.read(foreign), models.read(model, variables, *inputs, **call)
-    shapes = flattened or {}, unflattened or {}
-    new = {}
-    for theirs, ours, kind in _pairs(framework.codecs, *read, names, *shapes):
-        arrays = models.CODECS[kind].decode(ours)
-        arrays = permuted(arrays, kind, theirs.name, *shapes, back=True)
-        encoded = framework.codecs[kind].encode(arrays, ours.settings | theirs.settings)
-        new[theirs.name] = theirs.stored | _fitted(encoded, theirs.stored)
-    return framework.write(foreign, new)
-
-
-def _pairs(codecs, theirs, ours, names, flattened, unflattened):
-    """(theirs, ours, kind) in the order of first calls here."""
-    theirs, ours = ({layer.name: layer for layer in layers} for layers in (theirs, ours))
+) -> tuple[list[tuple[Layer, Layer, str]], tuple[Shapes, Shapes]]:
+    """(theirs, ours, kind) in the order of first calls here; (flattened, unflattened)."""
+    theirs = {layer.name: layer for layer in framework.read(foreign)}
+    ours = {layer.name: layer for layer in models.read(model, variables, *inputs, **call)}
     names = _names(theirs, ours, names)
     pairs = [
-        (theirs[there], ours[here], _checked(codecs, theirs[there], ours[here]))
+        (theirs[there], ours[here], _checked(framework.codecs, theirs[there], ours[here]))
         for here, there in names.items()
     ]
     # At the end: a pair that does not fit says more than the number of layers.
     _refuse_left_over(theirs.keys() - names.values(), "the other framework's")
     _refuse_left_over(ours.keys() - names.keys(), "the Flax")
-    refuse_unsaid(pairs, flattened, unflattened)
-    return pairs
+    shapes = flattened or {}, unflattened or {}
+    refuse_unsaid(pairs, *shapes)
+    return pairs, shapes
 
 
 def _names(theirs, ours, names):

@@ -24,7 +24,7 @@ from bn_jax.surgery.convert.layers import (
     transposed,
 )
 from bn_jax.surgery.convert.network import Framework, dump, load
-from bn_jax.surgery.convert.windows import transposed_padding, window
+from bn_jax.surgery.convert.windows import window_of
 
 KINDS = {
     "Linear": "Dense", "Embedding": "Embed", "LayerNorm": "LayerNorm", "GroupNorm": "GroupNorm",
@@ -189,19 +189,8 @@ def _settings(kind, module):
         case "GroupNorm":
             return {"epsilon": module.eps, "num_groups": module.num_groups}
         case "Conv" | "ConvTranspose":
-            return {"feature_group_count": module.groups} | _window(kind, module)
+            return {"feature_group_count": module.groups} | window_of(kind, module)
     return {}
-
-
-def _window(kind, module):
-    padding = module.padding
-    if module.padding_mode != "zeros":
-        padding = module.padding_mode
-    elif kind == "ConvTranspose":
-        padding = transposed_padding(
-            module.kernel_size, padding, module.dilation, module.output_padding
-        )
-    return window(len(module.kernel_size), module.stride, module.dilation, padding)
 
 
 def _write(foreign: Any, new: dict[str, Arrays]) -> dict[str, Any]:

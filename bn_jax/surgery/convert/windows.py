@@ -26,13 +26,25 @@ def window(rank: int, strides: Any, dilation: Any, padding: Any) -> dict[str, An
     }
 
 
+def window_of(kind: str, layer: Any) -> dict[str, Any]:
+    """The settings of a convolution of torch or Equinox, which name them alike."""
+    padding = layer.padding
+    if layer.padding_mode.upper() != "ZEROS":
+        padding = layer.padding_mode
+    elif kind == "ConvTranspose" and not isinstance(padding, str):
+        padding = _transposed_padding(
+            layer.kernel_size, padding, layer.dilation, layer.output_padding
+        )
+    return window(len(layer.kernel_size), layer.stride, layer.dilation, padding)
+
+
 def each(v: Any, rank: int) -> tuple:
     """One value for each axis, of a number, a sequence, or None for 1."""
     return tuple(v) if isinstance(v, Sequence) else (1 if v is None else v,) * rank
 
 
-def transposed_padding(size, padding, dilation, output_padding) -> Padding:
-    """Flax's padding of a ConvTranspose from torch's and Equinox's, [(low, high)] or numbers.
+def _transposed_padding(size, padding, dilation, output_padding) -> Padding:
+    """Flax's padding of a ConvTranspose from [(low, high)] or numbers.
 
     d (k - 1) - low, d (k - 1) - high + output_padding
     """

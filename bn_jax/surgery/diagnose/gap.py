@@ -13,7 +13,7 @@ from bn_jax.core.arrays import abs2
 from bn_jax.surgery.diagnose.findings import Finding
 from bn_jax.surgery.diagnose.layers import Norm, run_with
 from bn_jax.surgery.diagnose.modes import Mode
-from bn_jax.surgery.layers import set_stats
+from bn_jax.surgery.tree import set_leaves
 
 # Of the output's standard deviation: the mean square is then half its variance.
 GAP = 0.7
@@ -68,7 +68,7 @@ def by_sampling(mode: Mode, variables: Any, inputs: tuple, norms: list[Norm]) ->
     def output(size, draw):
         keys = jax.random.split(jax.random.key(draw), len(norms))
         new = {n.path: _drawn(n, size, key) for n, key in zip(norms, keys, strict=True)}
-        return run(set_stats(variables, new), inputs)
+        return run(set_leaves(variables, new), inputs)
 
     middle = output(0, 0)
     squares = (distance(output(1, draw), middle) ** 2 for draw in range(DRAWS))

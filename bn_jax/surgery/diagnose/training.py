@@ -8,14 +8,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import nnx, traverse_util
+from flax import nnx
 
 from bn_jax.surgery.diagnose.findings import Finding
 from bn_jax.surgery.diagnose.layers import Norm
 from bn_jax.surgery.diagnose.modes import Mode, proceed_alone
 from bn_jax.surgery.flow import trace
-from bn_jax.surgery.intercept import intercept, spelled
-from bn_jax.surgery.tree import get_leaves
+from bn_jax.surgery.intercept import Path, intercept, spelled
+from bn_jax.surgery.tree import get_leaves, split
 
 # A schedule may begin with a rate of 0, and updates may be of several batches together.
 STEPS = 64
@@ -34,7 +34,7 @@ def check_mode(norms: Iterable[Norm]) -> Iterator[Finding]:
 
 def check_decay(optimizer: Any, variables: Any, norms: Iterable[Norm]) -> Iterator[Finding]:
     """Scales that the optimizer moves though no gradient does."""
-    moved = decayed(optimizer, _params(variables))
+    moved = decayed(optimizer, nnx.as_pure(nn.unbox(split(variables)[0])))
     for norm in norms:
         share = moved.get((*norm.path, "scale"), 0.0)
         if share > 0:
@@ -45,7 +45,7 @@ def check_decay(optimizer: Any, variables: Any, norms: Iterable[Norm]) -> Iterat
             )  # fmt: skip
 
 
-def decayed(optimizer: Any, params: dict) -> dict:
+def decayed(optimizer: Any, params: Any) -> dict[Path, float]:
     """Of each parameter, the largest share that a step takes of it with gradients of 0.
 
     It is what the updates owe to the parameters: those with the parameters, less those with
@@ -63,7 +63,8 @@ def decayed(optimizer: Any, params: dict) -> dict:
     start = optimizer.init(params)
     none = jax.tree.map(lambda _: jnp.float32(0), params)
     (_, most), _ = jax.lax.scan(step, ((start, start), none), length=STEPS)
-    return {p: float(v) for p, v in _flat(most).items()}
+    paths = jax.tree_util.tree_leaves_with_path(most)
+    return {tuple(key.key for key in path): float(v) for path, v in paths}
 
 
 def check_biases(
@@ -85,18 +86,6 @@ def check_biases(
                 f"{spelled(norm.path)} subtracts its {bias.size} biases with the mean",
                 "use_bias=False",
             )  # fmt: skip
-
-
-def _params(variables):
-    if isinstance(variables, nnx.State):
-        return nnx.as_pure(nnx.filter_state(variables, nnx.Param))
-    return nn.unbox(variables["params"])
-
-
-def _flat(tree):
-    if isinstance(tree, nnx.State):
-        return dict(nnx.to_flat_state(tree))
-    return traverse_util.flatten_dict(tree)
 
 
 def _share(update, noise, param):
