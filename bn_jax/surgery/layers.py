@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from bn_jax.core.moments import Moments, merge, moments
@@ -50,7 +51,7 @@ def batch_moments(
         return layer_call.proceed(True if layer_call.path in inference else None)
 
     _, after = apply_and_update(intercept(model, variables, hook), variables, *inputs, **call)
-    return {path: _sown(after, path) for path in layers}
+    return {path: _per_step(_sown(after, path)) for path in layers}
 
 
 def _sow(layer, new):
@@ -75,6 +76,16 @@ def _sown(variables, path):
         raise ValueError(
             f"{spelled(path)} is within a scan or the like, which statistics do not come out of"
         ) from None
+
+
+def _per_step(m):
+    """Of a layer within a scan that has statistics of every step: a count beside each mean."""
+    if not 0 < m.count.ndim < m.mean.ndim:
+        return m
+    rest = (1,) * (m.mean.ndim - m.count.ndim)
+    return m._replace(
+        count=jnp.broadcast_to(m.count.reshape(*m.count.shape, *rest), m.mean.shape)
+    )
 
 
 def input_moments(call: Call) -> Moments:

@@ -219,3 +219,21 @@ def test_refusals():
     dense = nn.Dense(2)
     with pytest.raises(ValueError, match="no BatchNorm"):
         recalibrate(dense, dense.init(jax.random.key(0), X), BATCHES)
+
+
+def test_statistics_of_every_step_of_a_scan():
+    """One batch: the statistics are those that it is normalised with, of each step its own."""
+    from bn_jax.linen import BatchNorm
+    from bn_jax.models import LSTM
+
+    model = LSTM(5, 3, norm=BatchNorm, places=("recurrent",))
+    x = jax.random.normal(jax.random.key(0), (12, 4, 4, 1))
+    variables = model.init(jax.random.key(1), x, train=False)
+    found = recalibrate(model, variables, [x], train=True)
+    np.testing.assert_allclose(
+        model.apply(found, x, train=False),
+        model.apply(variables, x, train=True, mutable=["batch_stats"])[0],
+        rtol=1e-4, atol=1e-5,
+    )  # fmt: skip
+    shapes = {v.shape[0] for v in jax.tree.leaves(found["batch_stats"])}
+    assert shapes == {4}
