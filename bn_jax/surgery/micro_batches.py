@@ -53,6 +53,11 @@ class Forward(NamedTuple):
 
         def hook(call):
             if call.use_running_average:
+                if stats is not None and call.path in {c.path for c in calls}:
+                    raise ValueError(
+                        f"{named(call)} is called in training and then with its running "
+                        "statistics, which in between are not those of the whole batch"
+                    )
                 return call.proceed()
             if get_opaque_trace_state() != outside:
                 raise ValueError(

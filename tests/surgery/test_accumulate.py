@@ -535,6 +535,20 @@ def test_a_layer_within_a_transformation_is_refused(form):
         form(model, variables, mean_output, parts((X, T), 4))
 
 
+def test_running_statistics_in_the_middle_of_training_are_refused():
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            norm = bn_jax.linen.BatchNorm()
+            x = norm(x, use_running_average=False)
+            return norm(2 * x, use_running_average=True)
+
+    model = Twice()
+    variables = model.init(jax.random.key(0), X)
+    with pytest.raises(ValueError, match="in training and then with its running statistics"):
+        accumulate_exactly(model, variables, mean_output, parts((X, T), 4))
+
+
 @each_form
 def test_different_numbers_of_micro_batches(form):
     model, variables, call = linen(bn_jax.linen.BatchNorm)
