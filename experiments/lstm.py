@@ -215,8 +215,9 @@ def _reached(norms):
 
 
 def _text(value, form, seeds):
-    """Median and interval in one line; of one run there is no interval."""
-    value = value if seeds > 1 else value | {"ci95": None}
+    """Median and interval in one line; of one run, or without a median, no interval."""
+    if seeds == 1 or value["median"] is None:
+        value = value | {"ci95": None}
     return estimate(value, form, open_end="?", missing="not reached").replace("\n", " ")
 
 

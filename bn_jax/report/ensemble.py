@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bn_jax.report.plotting import SMALL, SPARE, STYLES, new_figure, tidy
-from bn_jax.report.text import percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,13 +31,10 @@ def ensemble_errors(
     for k, (ax, name) in enumerate(zip(figure.subplots(1, 2), ("top-1", "top-5"), strict=True)):
         single = [100 * errors[k] for errors in alone]
         mean = [100 * errors[k] for errors in together]
-        look = STYLES["bn"].line()
-        ax.plot(counts, single, "x", color=SPARE[1].color, label="each network alone")
+        look = STYLES["bn"].line() | {"clip_on": False}
+        cross = {"color": SPARE[1].color, "markersize": 7, "clip_on": False, "zorder": 3}
+        ax.plot(counts, single, "x", **cross, label="each network alone")
         ax.plot(counts, mean, **look, label="the first so many together")
-        ax.annotate(
-            percent(together[-1][k]), (counts[-1], mean[-1]), xytext=(0, -12),
-            textcoords="offset points", ha="center", fontsize=SMALL,
-        )  # fmt: skip
         tidy(ax, "networks", f"{name} error on the test set (%)")
         ax.set_xticks(counts)
         ax.set_ylim(0, 1.1 * max(*single, *mean, 1e-9))

@@ -1,15 +1,18 @@
 """Inception: the paper's settings, and a tiny run of all that it shows."""
 
+import functools
 import io
 import json
 import os
 from contextlib import redirect_stdout
 
+import jax
 import numpy as np
 import pytest
 
 from bn_jax.errors import UserError
-from experiments import ensemble, inception
+from bn_jax.models import Inception
+from experiments import ensemble, figure_3, inception
 
 
 def test_the_settings_are_those_of_the_source():
@@ -48,6 +51,15 @@ def test_the_changes_of_section_4_2_1():
     assert arms["bn_baseline"].model == arms["inception"].model
 
 
+def test_the_network_is_the_narrow_one():
+    arm = inception.arms(inception.Config())["bn"]
+    model = Inception(10, norm=arm.norm, **arm.model)
+    init = functools.partial(model.init, train=False)
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), "float32")
+    params = jax.eval_shape(init, jax.random.key(0), image)["params"]
+    assert sum(v.size for v in jax.tree.leaves(params)) == 287_946
+
+
 def test_the_networks_of_the_ensemble():
     config = inception.Config(seed=3)
     members = inception.members(config)
@@ -62,7 +74,6 @@ def test_the_networks_of_the_ensemble():
 
 def test_parameters():
     row = inception.parameter_row()
-    # Figure 5 by hand: the stem, ten blocks, the softmax; two parameters a channel for BN.
     assert (row["here"], row["source"], row["agrees"]) == ("11.2M", "13.6M", False)
 
 
@@ -121,13 +132,13 @@ def summary(**arms):
 def test_the_published_numbers():
     base = {"inception": (0.6, 1000, 0)}
     x5, x30 = {"bn_x5": (0.6, 500, 0)}, {"bn_x30": (0.7, 100, 0)}
-    sources = [r["source"] for r in inception.rows(summary(**base, **x5, **x30), 0.1)]
+    sources = [r["source"] for r in figure_3.rows(summary(**base, **x5, **x30), 0.1)]
     assert sources == ["31.0M, 72.2", "2.1M, 73.0", "2.7M, 74.8", "14.8", "11.5"]
 
 
 def agrees(**arms):
     base = {"inception": (0.6, 1000, 0)}
-    return [row["agrees"] for row in inception.rows(summary(**base, **arms), 0.1)]
+    return [row["agrees"] for row in figure_3.rows(summary(**base, **arms), 0.1)]
 
 
 def test_directions_are_compared():
@@ -144,7 +155,7 @@ def test_directions_are_compared():
 
 
 def test_nothing_is_compared_over_another_baseline():
-    rows = list(inception.rows(summary(bn_x5=(0.6, 500, 0), bn_x30=(0.7, 100, 0)), 0.1))
+    rows = list(figure_3.rows(summary(bn_x5=(0.6, 500, 0), bn_x30=(0.7, 100, 0)), 0.1))
     assert [row["agrees"] for row in rows] == [None, None]
 
 

@@ -9,9 +9,8 @@ import pytest
 
 from bn_jax.errors import UserError
 from experiments import lstm
-from experiments.arms import build_run
+from experiments.arms import build_run, load_data
 from experiments.compare import Config as Compare
-from experiments.compare import load_data
 
 
 def test_the_settings_are_those_of_the_source():
