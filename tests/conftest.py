@@ -17,6 +17,17 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# Most of the time of these is compilation, of which a third goes into making fast what runs
+# once. The formulas, layers and transformations are tested as they are compiled for users.
+HASTY = ("benchmarks", "experiments", "measure", "models", "surgery", "training")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compilation(request):
+    hasty = request.path.parent.name in HASTY
+    jax.config.update("jax_disable_most_optimizations", hasty)
+
+
 @pytest.fixture
 def x64():
     with jax.enable_x64(True):

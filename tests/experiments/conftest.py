@@ -13,6 +13,7 @@ def environment(tmp_path_factory):
     without = {"XLA_FLAGS", "TFDS_DATA_DIR"}
     return {k: v for k, v in os.environ.items() if k not in without} | {
         "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(ROOT),
