@@ -1,6 +1,7 @@
 """Writes docs/results.md: what the experiments found, beside what their sources published.
 
-Takes the newest finished run of every experiment below `--runs`, or those of `--workdirs`.
+Takes the newest finished run of every experiment, on each dataset and model, below `--runs`;
+or those of `--workdirs`.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from bn_jax.errors import UserError
 from experiments import flags
@@ -43,18 +45,19 @@ def run(config: Config) -> None:
 
 
 def newest(runs: Path) -> list[Path]:
-    """The newest finished run of every experiment, in the order of the page."""
-    found = []
+    """The newest finished run of every experiment and subject, in the order of the page."""
+    found: dict[tuple[str, ...], Path] = {}
     for name in ORDER:
         whole = [f for f in (runs / name).glob("*") if all((f / w).exists() for w in WHOLE)]
-        if whole:
-            found.append(max(whole, key=lambda f: (f / "summary.json").stat().st_mtime))
+        for folder in sorted(whole, key=lambda f: (f / "summary.json").stat().st_mtime):
+            summary = read(folder).summary
+            found[name, summary["dataset"], summary["model"]] = folder
     if not found:
         raise UserError(f"--runs={runs}: no finished run of {', '.join(ORDER)}")
-    return found
+    return list(found.values())
 
 
-def read(folder: Path):
+def read(folder: Path) -> Any:
     """What is in the folder of a run, as `bn_jax.report.results` takes it."""
     from bn_jax.report.results import Finished
 

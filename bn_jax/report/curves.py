@@ -41,6 +41,7 @@ def learning_curves(records: list[dict], summary: dict) -> Figure:
         _draw(seconds_panel, steps * _seconds_per_step(runs), quartiles, style, place)
         steps_panel.lines[-1].set_label(_runs_label(summary, arm, runs))
     tidy(steps_panel, "training steps")
+    steps_panel.xaxis.set_major_formatter("{x:,.0f}")
     tidy(seconds_panel, "training time per run (s)")
     for ax in (steps_panel, seconds_panel):
         accuracy_axis(ax, summary)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from bn_jax.report.files import write_atomically
 from bn_jax.report.markdown import table
 from bn_jax.report.sentences import speedup_lines
 from bn_jax.report.tables import headline, published_rows, summary_rows
-from bn_jax.report.text import plural
+from bn_jax.report.text import plural, subject
 
 WIDTH, COLORS = 1000, 64  # of a figure in the page: some 40 kB
 
@@ -34,6 +35,11 @@ class Finished(NamedTuple):
     def name(self) -> str:
         """Of the experiment."""
         return self.summary["experiment"]
+
+    @property
+    def title(self) -> str:
+        """Of its section."""
+        return f"{self.name} ({subject(self.summary)}): {self.summary['question']}"
 
 
 INTRODUCTION = """\
@@ -67,7 +73,7 @@ def section(finished: Finished, figures: Path, link: str) -> str:
     """One experiment."""
     summary = finished.summary
     parts = [
-        f"## {finished.name}: {summary['question']}",
+        f"## {finished.title}",
         f"```\n{finished.config['command']}\n```\n{_spent(finished)}",
     ]
     if "speedup" in summary:
@@ -92,15 +98,16 @@ def _contents_row(finished):
         row["agrees"] for row in summary.get("published", ()) if row.get("agrees") is not None
     ]
     seeds = finished.config["flags"].get("seeds")
-    title = f"[{finished.name}](#{_anchor(finished)})"
+    title = f"[{finished.name} ({subject(summary)})](#{_anchor(finished)})"
     agree = f"{sum(said)} of {len(said)}" if said else "none at this size"
     return [title, agree, str(seeds or ""), ", ".join(finished.config.get("devices", ()))]
 
 
 def _anchor(finished):
     """As GitHub makes it of the heading."""
-    heading = f"{finished.name}: {finished.summary['question']}".lower()
-    return "".join(c for c in heading if c.isalnum() or c in " _-").replace(" ", "-")
+    return "".join(c for c in finished.title.lower() if c.isalnum() or c in " _-").replace(
+        " ", "-"
+    )
 
 
 def _spent(finished):
@@ -129,7 +136,8 @@ def _shrunk(finished, name, figures):
     """Writes the figure with fewer pixels and colours; the name of its file."""
     from PIL import Image
 
-    path = figures / f"{finished.name}_{name}"
+    words = [finished.name, finished.summary["dataset"], finished.summary["model"], name]
+    path = figures / re.sub(r"[^\w.]+", "-", "_".join(words))
     with Image.open(finished.folder / "figures" / name) as image:
         image = image.convert("RGB")
         image.thumbnail((WIDTH, 10 * WIDTH), Image.Resampling.LANCZOS)

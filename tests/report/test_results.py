@@ -43,12 +43,15 @@ def test_the_page(finished):
     make_report.run(make_report.Config(runs=str(finished / "runs"), out=str(out)))
     text = out.read_text()
     assert text.count("\n## ") == 2
-    assert "## circles: Is circles right?" in text
+    assert "## circles (digits, mlp): Is circles right?" in text
     assert "python -m experiments.circles\n" in text
     assert "--seeds=1" not in text
     assert "| epochs | 18 | within 20 | yes |" in text
     assert "- accuracy; loss. Small." in text
-    assert "[circles](#circles-is-circles-right) | 1 of 3 | 3 | cpu: cpu" in text
+    assert (
+        "[circles (digits, mlp)](#circles-digits-mlp-is-circles-right) | 1 of 3 | 3 | cpu: cpu"
+        in text
+    )
     assert "jax 1.2.3, flax 4.5.6" in text
     summary = json.loads((finished / "runs/lstm/a/summary.json").read_text())
     for line in report.speedup_lines(summary):
