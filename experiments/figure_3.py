@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bn_jax.report.text import estimate, number, percent, whole
+from bn_jax.report.text import in_line, number, percent, whole
 
 # Figure 3: millions of steps to 72.2 %, and the maximum accuracy in per cent.
 PUBLISHED = {
@@ -29,8 +29,8 @@ def rows(summary: dict, chance: float) -> Iterator[dict]:
     goal = f"{percent(summary['target']['value'])} %"
     for arm in summary["arms"]:
         name = arm["arm"]
-        steps = _text(arm["steps_to_target"], whole, arm)
-        best = _text(arm["max_accuracy"], percent, arm)
+        steps = in_line(arm["steps_to_target"], whole, arm["seeds"])
+        best = in_line(arm["max_accuracy"], percent, arm["seeds"])
         yield {
             "quantity": f"{name}: steps to {goal}, maximum accuracy (%)",
             "here": f"{steps}, {best}",
@@ -44,17 +44,10 @@ def rows(summary: dict, chance: float) -> Iterator[dict]:
             ratio = {"median": faster["steps"]["ratio"], "ci95": faster["steps"]["ci95"]}
             yield {
                 "quantity": f"steps of inception over those of {name} (agrees: above 1)",
-                "here": _text(ratio, number, base),
+                "here": in_line(ratio, number, base["seeds"]),
                 "source": number(PUBLISHED["inception"][0] / millions),
                 "agrees": (ratio["median"] or 0) > 1,
             }
-
-
-def _text(value, form, arm):
-    """Median and interval in one line; of one run, or without a median, no interval."""
-    if arm["seeds"] == 1 or value["median"] is None:
-        value = value | {"ci95": None}
-    return estimate(value, form, open_end="?", missing="not reached").replace("\n", " ")
 
 
 def _source(name):

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from bn_jax.errors import UserError
-from bn_jax.report.text import estimate, number, percent
+from bn_jax.report.text import in_line, number, percent
 from experiments import compare, flags
 from experiments.flags import flag
 
@@ -30,8 +30,8 @@ PUBLISHED = {False: {"none": 98.9, "recurrent_.1": 99.0},
              True: {"none": 90.2, "recurrent_.1": 95.4}}  # fmt: skip
 VANISHING_REASON = (
     "The source's figure is of a network with tanh alone, which a large scale saturates. "
-    "Through the gates of an LSTM the gradient grows instead, as it does through many layers "
-    "with BatchNorm at the start (Yang et al. 2019, 'A mean field theory of batch "
+    "Through the gates of an LSTM the gradient grows instead; perhaps as it does through many "
+    "layers with BatchNorm at the start (Yang et al. 2019, 'A mean field theory of batch "
     "normalization')."
 )
 NOISE = 0.1  # of the first hidden state, in the authors' code
@@ -166,7 +166,7 @@ def rows(config: Config, summary: dict, norms: dict) -> Iterator[dict]:
         same_size = source and config.steps >= STEPS
         yield {
             "quantity": f"{name}: highest test accuracy (%)",
-            "here": _text(accuracy, percent, config.seeds),
+            "here": in_line(accuracy, percent, config.seeds),
             "source": source and f"{source:g}",
             "agrees": 100 * low - 0.05 <= source <= 100 * high + 0.05 if same_size else None,
         }
@@ -181,7 +181,7 @@ def _faster(config, summary):
             ratio = {"median": steps["ratio"], "ci95": steps["ci95"]}
             yield {
                 "quantity": "steps of none over those of recurrent_.1",
-                "here": _text(ratio, number, config.seeds),
+                "here": in_line(ratio, number, config.seeds),
                 "source": "above 1 (pixels)",
                 "agrees": (steps["ratio"] or 0) > 1,
             }
@@ -212,13 +212,6 @@ def _vanishing(config, norms):
 def _reached(norms):
     first, last = norms[0], norms[-1]
     return first / last if first is not None and last else None
-
-
-def _text(value, form, seeds):
-    """Median and interval in one line; of one run, or without a median, no interval."""
-    if seeds == 1 or value["median"] is None:
-        value = value | {"ci95": None}
-    return estimate(value, form, open_end="?", missing="not reached").replace("\n", " ")
 
 
 if __name__ == "__main__":

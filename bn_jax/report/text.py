@@ -77,3 +77,10 @@ def estimate(value: dict | None, form: Format, *, open_end: str, missing: str) -
     first = missing if median is None else form(median)
     second = bracketed(value.get("ci95"), form, open_end)
     return f"{first}\n{second}" if second else first
+
+
+def in_line(value: dict, form: Format, seeds: int) -> str:
+    """Median and interval as "310 [290, 350]"; of one run, or without a median, no interval."""
+    if seeds == 1 or value["median"] is None:
+        value = value | {"ci95": None}
+    return estimate(value, form, open_end="?", missing="not reached").replace("\n", " ")
