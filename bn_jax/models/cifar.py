@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 
-from bn_jax.models.inception import max_pool
 from bn_jax.models.norms import Norm, hidden_layer, normalized
+from bn_jax.models.pooling import max_pool
 
 
 class _Cifar(nn.Module):

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 
 from bn_jax.models.norms import Norm, hidden_layer, normalized
+from bn_jax.models.pooling import max_pool
 
 
 class CNN(nn.Module):
@@ -49,7 +50,7 @@ class CNN(nn.Module):
         *channels, width = self.features
         for c in channels:
             x = hidden(functools.partial(nn.Conv, c, (3, 3)), self.activation, x, train)
-            x = nn.max_pool(x, (2, 2), strides=(2, 2))
+            x = max_pool(x, 2, 2, "VALID")
         x = x.reshape(x.shape[0], -1)
         x = hidden(functools.partial(nn.Dense, width), self.activation, x, train)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)

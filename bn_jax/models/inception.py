@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from bn_jax.models.norms import Norm, hidden_layer, normalized
+from bn_jax.models.pooling import avg_pool, max_pool
 
 
 class Block(NamedTuple):
@@ -181,32 +182,3 @@ def local_response_norm(x: jax.Array) -> jax.Array:
     window = (1,) * (x.ndim - 1) + (5,)
     s = jax.lax.reduce_window(x * x, 0.0, jax.lax.add, window, (1,) * x.ndim, "SAME")
     return x / (2 + 1e-4 * s) ** 0.75
-
-
-def max_pool(x: jax.Array, size: int, stride: int, padding: str = "SAME") -> jax.Array:
-    """`nn.max_pool` over size x size positions of images `[n, height, width, channels]`.
-
-    Where several positions hold the maximum they share the gradient.
-    """
-    return _windows(x, jnp.maximum, -jnp.inf, size, stride, padding)
-
-
-def avg_pool(x: jax.Array, size: int, stride: int, padding: str = "SAME") -> jax.Array:
-    """`nn.avg_pool` as `max_pool` is; padding does not count."""
-    ones = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
-    total, count = (_windows(v, jnp.add, 0, size, stride, padding) for v in (x, ones))
-    return total / count
-
-
-def _windows(x, combine, fill, size, stride, padding):
-    # In slices, as XLA on CPU takes ten times as long for the gradient of a window's maximum
-    # and twice as long for that of its sum.
-    for axis in (1, 2):
-        n = x.shape[axis]
-        edges = [(0, 0)] * x.ndim
-        (edges[axis],) = jax.lax.padtype_to_pads((n,), (size,), (stride,), padding)
-        x = jnp.pad(x, edges, constant_values=fill)
-        end = x.shape[axis] - size + 1
-        slices = (jax.lax.slice_in_dim(x, i, end + i, stride, axis) for i in range(size))
-        x = functools.reduce(combine, slices)
-    return x

@@ -10,7 +10,8 @@ import pytest
 
 from bn_jax.linen import BatchNorm
 from bn_jax.models import NORMS, Inception
-from bn_jax.models.inception import avg_pool, local_response_norm, max_pool
+from bn_jax.models.inception import local_response_norm
+from bn_jax.models.pooling import avg_pool, max_pool
 
 # Height, channels of the output, and of every branch: 1x1, (1x1, 3x3), (1x1, 3x3, 3x3),
 # after the pooling. The channels of a branch end in what is joined.
@@ -152,8 +153,9 @@ def test_local_response_norm_is_the_formula():
     ],
     ids=["max", "avg"],
 )
-@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (2, 2)])
-@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize(
+    ("size", "stride", "padding"), [(3, 1, "SAME"), (3, 2, "SAME"), (2, 2, "VALID")]
+)
 def test_pooling_is_that_of_flax(ours, theirs, size, stride, padding):
     x = jax.random.normal(jax.random.key(1), (2, 7, 8, 3)) - 3
 
