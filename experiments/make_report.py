@@ -14,6 +14,7 @@ from typing import Any
 from bn_jax.errors import UserError
 from experiments import flags
 from experiments.flags import flag
+from experiments.reasons import reason
 
 ORDER = (
     "circles", "mnist_sigmoid", "cifar_cnn", "first_layer", "lstm", "inception",
@@ -67,6 +68,8 @@ def read(folder: Path) -> Any:
         )
     except (OSError, ValueError) as e:
         raise UserError(f"{folder} is not the folder of a finished run: {e}") from e
+    for row in summary.get("published", ()):
+        row["reason"] = row.get("reason") or reason(summary["experiment"], row["quantity"])
     captions = folder / "figures" / "captions.json"
     figures = json.loads(captions.read_text()) if captions.exists() else {}
     return Finished(summary, settings, figures, folder)

@@ -1,0 +1,30 @@
+"""Why a published number was not found again, as far as that is known.
+
+Written after looking at the runs, so it is no part of a run: `experiments.make_report` puts a
+reason beside a number that does not agree, and where a later run agrees it does not appear.
+"""
+
+from __future__ import annotations
+
+# By experiment, the reason for quantities that begin with these words.
+REASONS: dict[str, dict[str, str]] = {
+    "regularisation": {
+        "gap with BatchNorm less that without": (
+            "The difference is small on this set, and its interval over the seeds allows for "
+            "none; without and with more L2 it does not."
+        ),
+    },
+    "batch_size": {
+        "accuracy of renorm less that of bn": (
+            "On this set, which is easy, batches of 4 do not harm BatchNorm's running "
+            "statistics enough to cost accuracy, so there is nothing to win back; at batches "
+            "of 2 they do, and renormalisation is far better (first figure)."
+        ),
+    },
+}
+
+
+def reason(experiment: str, quantity: str) -> str | None:
+    """The one for a quantity of an experiment; None where there is none."""
+    known = REASONS.get(experiment, {})
+    return next((text for start, text in known.items() if quantity.startswith(start)), None)
