@@ -50,9 +50,9 @@ class Config(compare.Config):
         "without BatchNorm: standard (standardised input), none (raw); bn_before and bn_after "
         "(the activation) and on the raw input; each with _elu too",
     )
-    learning_rates: tuple[float, ...] = flag((0.03, 0.1, 0.3), "learning rates to try")
+    learning_rates: tuple[float, ...] = flag((0.1, 0.3, 1.0), "learning rates to try")
     raw_learning_rates: tuple[float, ...] = flag(
-        (1e-4, 3e-4, 1e-3), "those of the arms without BatchNorm on raw input"
+        (1e-3, 3e-3, 1e-2), "those of the arms without BatchNorm on raw input"
     )
     momentums: tuple[float, ...] = flag((0.99,), "momenta of the running statistics to try")
     seeds: int = flag(3, "how many seeds at each point of the grid")
