@@ -27,7 +27,7 @@ def test_the_network_is_that_of_the_source():
         if name.startswith("bn_"):
             assert arm.places == ("input", name.split("_")[1])
         assert (known[name].norm is not None) == name.startswith("bn_")
-    assert known["none"].config(config).learning_rates == (1e-4, 3e-4, 1e-3)
+    assert known["none"].config(config).learning_rates == (1e-3, 3e-3, 1e-2)
 
 
 def test_quick_needs_no_download_and_leaves_flags_alone():
