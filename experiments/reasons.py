@@ -8,6 +8,12 @@ from __future__ import annotations
 
 # By experiment, the reason for quantities that begin with these words.
 REASONS: dict[str, dict[str, str]] = {
+    "inception": {
+        "bn_x5_sigmoid: steps to": (
+            "In a run as short as this Inception is far from its best, and the sigmoids pass "
+            "it; the paper compares after tens of millions of steps."
+        ),
+    },
     "regularisation": {
         "gap with BatchNorm less that without": (
             "The difference is small on this set, and its interval over the seeds allows for "
