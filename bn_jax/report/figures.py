@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from bn_jax.report.curves import learning_curves
 from bn_jax.report.files import write_atomically
 from bn_jax.report.plotting import stretched
-from bn_jax.report.points import varies
+from bn_jax.report.points import grid, varies
 from bn_jax.report.rates import accuracy_against_rate, steps_against_rate
 from bn_jax.report.text import plural, whole
 
@@ -58,7 +58,9 @@ def captions(summary: dict) -> list[str]:
 
 
 def _has_grid(summary: dict) -> bool:
-    return varies(summary, "learning_rate") or varies(summary, "init_scale")
+    """Whether an arm was tried at several rates or scales."""
+    points = {(p["arm"], p["learning_rate"], p["init_scale"]) for p in grid(summary)}
+    return len(points) > len({arm for arm, *_ in points})
 
 
 def _curves_caption(summary: dict) -> str:
