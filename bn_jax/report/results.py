@@ -48,8 +48,9 @@ INTRODUCTION = """\
 Every experiment of `experiments/` as it was run here, with the numbers of its source beside
 ours. Medians over seeds with their 95 % intervals (percentile bootstrap); a run that does not
 reach a target counts as never; a run that diverged is counted. How each number is defined:
-[method.md](method.md). This page is written by `python -m experiments.make_report` from the
-folders that the commands below leave.
+[method.md](method.md). Seconds are of a machine that may have done other things besides:
+compare them within one experiment. This page is written by `python -m
+experiments.make_report` from the folders that the commands below leave.
 """
 
 
@@ -115,7 +116,7 @@ def _spent(finished):
     versions = finished.config.get("versions", {})
     known = ", ".join(f"{k} {versions[k]}" for k in ("jax", "flax") if versions.get(k))
     return (
-        f"took {plural(round(seconds), 'second')} with {known}."
+        f"Took {plural(round(seconds), 'second')} with {known}."
         if seconds
         else f"With {known}."
     )
