@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import itertools
@@ -74,14 +75,29 @@ def write_config(
 
 
 def command(config: Any, experiment: str) -> str:
-    """The shell command that repeats the run: the flags that differ from their defaults."""
+    """The shell command that repeats the run: the flags that do not follow from others."""
     words = ["python", "-m", f"experiments.{experiment}"]
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value != field.default and field.name not in ("workdir", "overwrite"):
-            text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            words.append(f"--{field.name}={text}")
+    for name, value in _needed(config).items():
+        text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        words.append(f"--{name}={text}")
     return shlex.join(words)
+
+
+def _needed(config):
+    """Without defaults, and without what the config makes of other flags, as of `quick`."""
+    names = [f.name for f in dataclasses.fields(config)]
+    place = {n: getattr(config, n) for n in ("workdir", "overwrite") if n in names}
+    given = {
+        f.name: getattr(config, f.name)
+        for f in dataclasses.fields(config)
+        if getattr(config, f.name) != f.default and f.name not in place
+    }
+    for name in list(given):
+        rest = {k: v for k, v in given.items() if k != name}
+        with contextlib.suppress(UserError):  # it cannot be left out
+            if type(config)(**rest, **place) == config:
+                given = rest
+    return given
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:

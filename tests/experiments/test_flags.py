@@ -7,7 +7,7 @@ import shlex
 import pytest
 from absl import flags as absl_flags
 
-from experiments import compare, flags, workdir
+from experiments import circles, compare, flags, workdir
 from experiments.flags import flag
 
 
@@ -130,6 +130,13 @@ def test_the_command_names_only_what_was_changed():
     assert workdir.command(Config(count=4), "x") == "python -m experiments.x --count=4"
     config = compare.Config(workdir="there", overwrite=True)
     assert workdir.command(config, "compare") == "python -m experiments.compare"
+
+
+def test_the_command_leaves_out_what_follows_from_another_flag():
+    config = circles.Config(quick=True, batch_size=16)
+    command = workdir.command(config, "circles")
+    assert set(command.split()[3:]) == {"--quick=True", "--batch_size=16"}
+    assert parse(*command.split()[3:], config=circles.Config) == config
 
 
 def test_the_command_of_a_config_with_lists():
