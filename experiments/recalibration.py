@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bn_jax.errors import UserError
-from experiments import compare, flags, workdir
+from experiments import arms, compare, flags, workdir
 from experiments.flags import flag
 
 EXPERIMENT = "recalibration"
@@ -93,13 +93,13 @@ def run(config: Config) -> dict[str, Any]:
     from bn_jax.report import recalibration as pages
 
     training = config.comparison()
-    dataset = compare.load_data(training)
+    dataset = arms.load_data(training)
     available = dataset.train.labels.size
     if max(config.images) > available:
         raise UserError(
             f"--images={max(config.images)}: {config.dataset} has {available} training images"
         )
-    one = compare.build_run(training, compare.norm_arms()["bn"], dataset)
+    one = arms.build_run(training, arms.norm_arms()["bn"], dataset)
     folder = workdir.create(config.workdir, EXPERIMENT, config.overwrite)
     devices = [f"{d.platform}: {d.device_kind}" for d in jax.devices()]
     settings = workdir.write_config(folder, config, EXPERIMENT, devices, xla_flags=xla_flags)

@@ -76,7 +76,7 @@ def test_a_tiny_run(tmp_path):
         summary = batch_size.run(config)
     assert json.loads((folder / "summary.json").read_text()) == summary
     figures = sorted(os.listdir(folder / "figures"))
-    assert figures == ["accuracy.png", "speed.png", "statistics.png"]
+    assert figures == ["accuracy.png", "captions.json", "speed.png", "statistics.png"]
     assert "bn 1: refused" in err.getvalue()
     assert "refused" in out.getvalue()
     found = {(c["norm"], c["batch_size"]): c for c in summary["combinations"]}

@@ -87,7 +87,8 @@ def test_a_tiny_run(tmp_path):
     with redirect_stdout(io.StringIO()) as written:
         summary = learning_rates.run(config)
     assert json.loads((folder / "summary.json").read_text()) == summary
-    assert sorted(os.listdir(folder / "figures")) == ["accuracy.png", "largest_rate.png"]
+    figures = sorted(os.listdir(folder / "figures"))
+    assert figures == ["accuracy.png", "captions.json", "largest_rate.png"]
     records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
     assert len(records) == 2 * 4
     assert {r["arm"] for r in records} == {a["arm"] for a in summary["arms"]}

@@ -55,8 +55,9 @@ def build(made, config, folder, question=QUESTION):
 def test_page_is_whole_and_alone(make, config, tmp_path, case):
     page = build(make(**case), config, tmp_path)
     found = parse(page)
-    assert found.tags.count("img") == 3
-    assert len(found.references) == 3
+    figures = 1 if case.get("rates") == (0.1,) else 3  # against rates where there are several
+    assert found.tags.count("img") == figures
+    assert len(found.references) == figures
     assert all(r.startswith("data:image/png;base64,iVBOR") for r in found.references)
     assert not {"script", "link", "iframe", "a"} & set(found.tags)
     for outside in ("url(", "@import", "http:", "https:"):
@@ -111,7 +112,9 @@ def test_everything_is_escaped(make, config, tmp_path):
     summary["target"]["chosen"] = evil
     config |= {"command": evil, "flags": {evil: evil, "list": [evil]}, evil: {evil: evil}}
     page = build((records, summary), config, tmp_path, question=evil)
-    caption_only = report.html_page(summary, config, [(evil, tmp_path / "accuracy.png")], evil)
+    caption_only = report.html_page(
+        summary, config, [(evil, tmp_path / "learning_curves.png")], evil
+    )
     for html in (page, caption_only):
         found = parse(html)
         assert found.tags.count("script") == 0
