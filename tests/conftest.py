@@ -19,12 +19,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Most of the time of these is compilation, of which a third goes into making fast what runs
 # once. The formulas, layers and transformations are tested as they are compiled for users.
-HASTY = ("benchmarks", "experiments", "measure", "models", "surgery", "training")
+HASTY = {
+    "benchmarks", "data", "experiments", "measure", "models", "surgery", "training",
+    "test_recipes",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True, scope="module")
 def compilation(request):
-    hasty = request.path.parent.name in HASTY
+    hasty = bool(HASTY & {request.path.parent.name, request.path.stem})
     jax.config.update("jax_disable_most_optimizations", hasty)
 
 
