@@ -133,9 +133,8 @@ def build_run(config: Config, arm: Arm, dataset: Any) -> Any:
         state = jax.eval_shape(run.init, key, swept, dataset.train.inputs)
         jax.eval_shape(run.step, state, swept, dataset.train, rows)
     except ValueError as e:
-        raise UserError(
-            f"--model={config.model} --features={listed(config.features or ())}: {e}"
-        ) from e
+        widths = f" --features={listed(config.features)}" if config.features else ""
+        raise UserError(f"--model={config.model}{widths}: {e}") from e
     return run
 
 

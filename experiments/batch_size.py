@@ -20,6 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 from bn_jax.errors import UserError
 from experiments import compare, crossed, flags
 from experiments.arms import chosen_arms
+from experiments.conduct import conduct
 from experiments.config import listed
 from experiments.flags import flag
 
@@ -42,6 +43,7 @@ IOFFE, IOFFE_SIZE = {"bn": 74.2, "renorm": 76.5}, 4
 class Config(compare.Config):
     """Every flag of the experiment; see `python -m experiments.batch_size --help`."""
 
+    LISTS: ClassVar = (*compare.Config.LISTS, "batch_sizes")
     QUICK: ClassVar = {
         "batch_sizes": (1, 2, 4, 32, 512), "steps": 160, "eval_every": 80, "seeds": 3,
         "learning_rates": (0.03, 0.3, 1.0), "arms": ("none", "bn", "renorm", "group"),
@@ -71,8 +73,8 @@ class Config(compare.Config):
         """Raises a UserError for a flag that makes no sense."""
         super().check()
         sizes, part = self.batch_sizes, self.eval_every * self.batch_size
-        if not sizes or len(set(sizes)) != len(sizes) or min(sizes) < 1:
-            raise UserError(f"--batch_sizes={listed(sizes)}: name one or more, each once")
+        if min(sizes) < 1:
+            raise UserError(f"--batch_sizes={listed(sizes)}: each must be at least 1")
         for size in sizes:
             if part % size:
                 raise UserError(
@@ -105,7 +107,7 @@ def run(config: Config) -> dict[str, Any]:
         if arm in statistics:
             weights(arm, evaluation)
 
-    return crossed.run(
+    return conduct(
         config, arms(config), experiment=EXPERIMENT, question=QUESTION, refusal=REFUSAL,
         watch=watch, conclude=lambda training: conclude(training, weights.kept),
     )  # fmt: skip
@@ -184,7 +186,9 @@ def combination(
     """One as `summary.json` has it; `runs` are those of its best point, None if refused."""
     if runs is None:
         return {**cell._asdict(), "refused": True, "batch_statistics": None}
-    keys = [(cell.name, crossed.point_of(r), r["seed"]) for r in runs]
+    from bn_jax.measure import Point
+
+    keys = [(cell.name, Point.of(r), r["seed"]) for r in runs]
     in_batches = None
     if has_statistics(cell.norm):
         test = training.dataset.test

@@ -160,7 +160,7 @@ def regions(training: compare.Training, weights: dict) -> tuple[str, str, Any]:
     maps = {}
     dataset = training.dataset
     for arm in training.summary["arms"]:
-        name, point = arm["arm"], Point(*(arm[field] for field in Point._fields))
+        name, point = arm["arm"], Point.of(arm)
         model = training.runs[name].model(Swept(*point))
         variables = weights[name, point, training.config.seed]
         logits = jax.jit(lambda v, x, m=model: m.apply(v, x, train=False))(

@@ -55,7 +55,7 @@ def conduct(
     experiment: str,
     question: str,
     conclude: Callable[[Training], Extra],
-    write: Callable[..., None],
+    write: Callable[..., None] | None = None,
     watch: Callable[[str, Any], None] = lambda arm, evaluation: None,
     refusal: str | None = None,
 ) -> dict[str, Any]:
@@ -66,7 +66,8 @@ def conduct(
       arms: what is trained, by name.
       experiment, question: its name, and what the page answers.
       conclude: from what was trained to the rest of the summary, and figures.
-      write: (records, summary, settings, folder, figures): leaves the page, prints the tables.
+      write: (records, summary, settings, folder, figures): leaves the page, prints the
+        tables; by default those of the summary's `tables` and `published`.
       watch: is given every arm's `bn_jax.measure.Evaluation`s while it trains.
       refusal: arms whose layers refuse with a message that has these words are left out;
         by default that is an error.
@@ -94,9 +95,17 @@ def conduct(
     found = conclude(Training(config, dataset, runs, records, about))
     settings["seconds"] = seconds(records, time.perf_counter() - start)
     summary = about | found.summary | {"seconds": settings["seconds"]}
-    write(records, summary, settings, folder, found.figures)
+    (write or write_tables)(records, summary, settings, folder, found.figures)
     print(folder / "report.html")
     return summary
+
+
+def write_tables(_: Any, summary: dict, settings: dict, folder: Path, figures: Any) -> None:
+    """Leaves the page of an experiment without a baseline, and prints its tables."""
+    from bn_jax.report import crossed
+
+    crossed.write(summary, settings, folder, figures)
+    crossed.print_summary(summary)
 
 
 def _build(config, arms, dataset, refusal):

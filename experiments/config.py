@@ -13,7 +13,6 @@ COUNTS = (
     "seeds", "steps", "epochs", "batch_size", "eval_every", "max_runs_at_once", "patience",
     "decay_steps", "train_examples", "test_examples",
 )  # fmt: skip
-LISTS = ("learning_rates", "init_scales", "momentums", "arms", "places")
 # Numbers with the smallest and the largest value that makes sense; None is always allowed.
 RANGES = {
     "dropout": (0, 1), "label_smoothing": (0, 1), "decay_rate": (0, math.inf),
@@ -30,6 +29,8 @@ class Config:
     `--quick` changes of them. A flag that is given stands, with `--quick` too.
     """
 
+    # Flags that are lists of one or more, each once.
+    LISTS: ClassVar = ("learning_rates", "init_scales", "momentums", "arms", "places")
     QUICK: ClassVar[dict[str, Any]] = {"seeds": 2, "steps": 300}
 
     dataset: str = flag(
@@ -148,7 +149,7 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name}={value}: it must be at least 1")
-        for name in LISTS:
+        for name in self.LISTS:
             values = getattr(self, name)
             if values is not None and (not values or len(set(values)) != len(values)):
                 raise UserError(f"--{name}={listed(values)}: name one or more, each once")

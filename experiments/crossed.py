@@ -1,53 +1,15 @@
-"""What experiments share whose arms are all combinations of some factors.
+"""Statistics for experiments whose arms are all combinations of some factors.
 
 Such arms are no two sides of a comparison: they have no common baseline, and their numbers of
-steps may differ. A run leaves the files that `experiments.compare` leaves; the tables and the
-figures are the experiment's own.
+steps may differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from experiments.arms import Arm
-from experiments.conduct import Extra, Training, conduct
-
-
-def run(
-    config: Any,
-    arms: Mapping[str, Arm],
-    *,
-    experiment: str,
-    question: str,
-    conclude: Callable[[Training], Extra],
-    watch: Callable[[str, Any], None] = lambda arm, evaluation: None,
-    refusal: str | None = None,
-) -> dict[str, Any]:
-    """Trains the arms, fills the workdir, prints the tables; the summary comes back.
-
-    Args:
-      config: of the experiment; of its `arms` nothing is asked here.
-      arms: what is trained, by name.
-      experiment, question: its name, and what the page answers.
-      conclude: the summary beyond the names of dataset and model, and the figures. Of its
-        entries `tables` (`title`, `header`, `rows`) and `published` (as in
-        `experiments.compare.Extra`) are printed.
-      watch: is given every arm's `bn_jax.measure.Evaluation`s while it trains.
-      refusal: arms whose layers refuse with a message that has these words are left out;
-        by default that is an error.
-    """
-
-    def write(_, summary, settings, folder, figures):
-        from bn_jax.report import crossed as report
-
-        report.write(summary, settings, folder, figures)
-        report.print_summary(summary)
-
-    return conduct(
-        config, arms, experiment=experiment, question=question, conclude=conclude,
-        write=write, watch=watch, refusal=refusal,
-    )  # fmt: skip
+from experiments.conduct import Training
 
 
 def best_runs(records: list[dict]) -> dict[str, list[dict]]:
@@ -55,19 +17,14 @@ def best_runs(records: list[dict]) -> dict[str, list[dict]]:
 
     At the last step; a run that diverged counts as 0.
     """
+    from bn_jax.measure import Point
+
     points: dict[str, dict[tuple, list[dict]]] = {}
     for r in records:
-        runs = points.setdefault(r["arm"], {}).setdefault(point_of(r), [])
+        runs = points.setdefault(r["arm"], {}).setdefault(Point.of(r), [])
         runs.append(r)
         runs.sort(key=lambda r: r["seed"])
     return {arm: max(own.values(), key=_typical) for arm, own in points.items()}
-
-
-def point_of(record: dict) -> Any:
-    """The `bn_jax.measure.Point` of a run."""
-    from bn_jax.measure import Point
-
-    return Point(*(record[field] for field in Point._fields))
 
 
 def final(record: dict, metric: str = "test_accuracy") -> float:
@@ -89,7 +46,8 @@ def accuracy(
     from bn_jax.training.metrics import correct
     from bn_jax.training.run import Swept
 
-    model = training.runs[arm].model(Swept(1.0, 1.0, 0.5))
+    run = training.runs[arm]
+    model = run.model(Swept(1.0, 1.0, 0.5))
     train, examples = batch_size is not None, split.labels.size
     size = min(batch_size or examples, examples)
     count = examples // size
@@ -97,7 +55,7 @@ def accuracy(
 
     def whole(variables):
         def one(batch):
-            inputs = training.dataset.scaled(batch.inputs)
+            inputs = run.scaled(batch.inputs)
             outputs, _ = model.apply(variables, inputs, train=train, mutable=["batch_stats"])
             return correct(outputs, batch.labels).mean()
 

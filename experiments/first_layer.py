@@ -144,7 +144,7 @@ def folded(training: compare.Training, weights: dict, arm: dict) -> list[Predict
     from bn_jax.measure import Point
     from bn_jax.training.run import Swept
 
-    one, point = training.runs[arm["arm"]], Point(*(arm[field] for field in Point._fields))
+    one, point = training.runs[arm["arm"]], Point.of(arm)
     variables = weights[arm["arm"], point, training.config.seed]
     inputs = training.dataset.test.inputs
     return [

@@ -15,9 +15,9 @@ import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
 from bn_jax.errors import UserError
-from experiments import compare, crossed, flags
+from experiments import compare, flags
 from experiments.arms import chosen_arms, norm_arms
-from experiments.config import listed
+from experiments.conduct import conduct
 from experiments.flags import flag
 
 EXPERIMENT = "learning_rates"
@@ -31,6 +31,7 @@ NO_RATE = "no rate"
 class Config(compare.Config):
     """Every flag of the experiment; see `python -m experiments.learning_rates --help`."""
 
+    LISTS: ClassVar = (*compare.Config.LISTS, "depths", "activations")
     QUICK: ClassVar = {
         "depths": (3, 10), "activations": ("relu", "sigmoid"), "seeds": 2, "steps": 200,
         "learning_rates": (0.01, 0.1, 1.0, 10.0, 100.0), "init_scales": (0.1, 1.0, 10.0),
@@ -57,10 +58,6 @@ class Config(compare.Config):
     def check(self) -> None:
         """Raises a UserError for a flag that makes no sense."""
         super().check()
-        for name in ("depths", "activations"):
-            values = getattr(self, name)
-            if not values or len(set(values)) != len(values):
-                raise UserError(f"--{name}={listed(values)}: name one or more, each once")
         for name, value in (("depths", min(self.depths)), ("width", self.width)):
             if value < 1:
                 raise UserError(f"--{name}: {value} must be at least 1")
@@ -85,7 +82,7 @@ class Network(NamedTuple):
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, fills the workdir, prints the tables; the summary comes back."""
-    return crossed.run(
+    return conduct(
         config, arms(config), experiment=EXPERIMENT, question=QUESTION, conclude=conclude
     )
 

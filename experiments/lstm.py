@@ -142,7 +142,7 @@ def through_time(training: compare.Training, arm: dict, kept: dict) -> dict[str,
     from bn_jax.training.run import Swept
 
     run, train = training.runs[arm["arm"]], training.dataset.train
-    point, n = Point(*(arm[field] for field in Point._fields)), training.config.batch_size
+    point, n = Point.of(arm), training.config.batch_size
     batch = run.scaled(train.inputs[:n]), train.labels[:n]
     model, key = run.model(Swept(*point)), jax.random.key(training.config.seed)
     norms = jax.jit(lambda variables: gradient_norms(model, variables, *batch, key=key))

@@ -113,7 +113,7 @@ def unit_paths(training: compare.Training, arm: dict, paths: dict) -> Any:
     from bn_jax.measure.drift import drift, typical_unit
     from bn_jax.report.percentiles import Paths
 
-    point = Point(*(arm[field] for field in Point._fields))
+    point = Point.of(arm)
     own = np.stack(paths[arm["arm"], point, training.config.seed])
     steps = np.array(training.records[0]["steps"][1:][: len(own)])
     return Paths(steps, own, drift(own), typical_unit(drift(own)))

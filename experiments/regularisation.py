@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 from bn_jax.errors import UserError
 from experiments import compare, crossed, flags
 from experiments.arms import chosen_arms, norm_arms
-from experiments.config import listed
+from experiments.conduct import conduct
 from experiments.flags import flag
 
 EXPERIMENT = "regularisation"
@@ -31,6 +31,7 @@ REGULARISES = "BatchNorm regularises (Ioffe & Szegedy 2015, 3.4)"
 class Config(compare.Config):
     """Every flag of the experiment; see `python -m experiments.regularisation --help`."""
 
+    LISTS: ClassVar = (*compare.Config.LISTS, "dropouts", "l2s")
     QUICK: ClassVar = {
         "dataset": "digits", "train_examples": 200, "dropouts": (0.0, 0.3), "l2s": (0.0, 0.01),
         "steps": 300, "learning_rates": (0.1,),
@@ -52,10 +53,7 @@ class Config(compare.Config):
         """Raises a UserError for a flag that makes no sense."""
         super().check()
         for name, top in (("dropouts", 1), ("l2s", float("inf"))):
-            values = getattr(self, name)
-            if not values or len(set(values)) != len(values):
-                raise UserError(f"--{name}={listed(values)}: name one or more, each once")
-            for value in values:
+            for value in getattr(self, name):
                 if not 0 <= value < top:
                     raise UserError(f"--{name}: {value} must be at least 0 and below {top}")
 
@@ -78,7 +76,7 @@ def run(config: Config) -> dict[str, Any]:
     from experiments.watchers import Weights
 
     weights = Weights()
-    return crossed.run(
+    return conduct(
         config, arms(config), experiment=EXPERIMENT, question=QUESTION, watch=weights,
         conclude=lambda training: conclude(training, weights.kept),
     )  # fmt: skip
@@ -134,6 +132,8 @@ class Measured(NamedTuple):
 
 def measure(training: compare.Training, weights: dict) -> dict[Cell, Measured]:
     """Of every combination at its best rate."""
+    from bn_jax.measure import Point
+
     # Dropout and L2 are no part of the network at inference: one program for each norm.
     accuracy = {
         cell.norm: crossed.accuracy(training, cell.name, training.dataset.train)
@@ -143,7 +143,7 @@ def measure(training: compare.Training, weights: dict) -> dict[Cell, Measured]:
     measured = {}
     for cell in cells(training.config):
         runs = best[cell.name]
-        keys = [(cell.name, crossed.point_of(r), r["seed"]) for r in runs]
+        keys = [(cell.name, Point.of(r), r["seed"]) for r in runs]
         test = [crossed.final(r) for r in runs]
         train = [accuracy[cell.norm](weights[key]) for key in keys]
         measured[cell] = Measured(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,15 +50,14 @@ def live(folder: Path | None) -> Iterator[Callable[[str, Any], None]]:
     writers = {}
 
     def write(arm, evaluation):
-        chunk, step, report = evaluation.chunk, evaluation.step, evaluation.report
-        pairs = itertools.product(enumerate(chunk.points), enumerate(chunk.seeds))
-        for (i, point), (j, seed) in pairs:
+        step, report = evaluation.step, evaluation.report
+        for place, point, seed in evaluation.chunk.wanted:
             path = folder / "tensorboard" / arm / _run_name(point, seed)
             writer = writers.get(path) or SummaryWriter(str(path))
             writers[path] = writer
             for name, value in report.items():
                 if name != "diverged_at" and (step or not name.startswith("train")):
-                    writer.add_scalar(name, float(value[i, j]), step)
+                    writer.add_scalar(name, float(value[place]), step)
             writer.flush()
 
     try:
@@ -80,32 +78,23 @@ def _run_name(point, seed):
 
 
 class Weights:
-    """Keeps the variables of runs after their last step, or those that early stopping restores.
+    """Keeps the variables that runs end with: the last, or those that early stopping restores.
 
     Args:
       wanted: of which seeds.
-      restores: those of the highest validation accuracy, as `patience` has it.
 
     Attributes:
       kept: `params` and `batch_stats` by (arm, `Point`, seed).
     """
 
-    def __init__(
-        self, wanted: Callable[[int], bool] = lambda seed: True, *, restores: bool = False
-    ):
+    def __init__(self, wanted: Callable[[int], bool] = lambda seed: True):
         self.kept: dict[tuple, dict[str, Any]] = {}
-        self._wanted, self._restores, self._best = wanted, restores, {}
+        self._wanted = wanted
 
     def __call__(self, arm: str, evaluation: Any) -> None:
         """To be a `watch` of `experiments.compare.run`."""
-        chunk = evaluation.chunk
-        for (i, point), (j, seed) in itertools.product(
-            enumerate(chunk.points), enumerate(chunk.seeds)
-        ):
-            key = (arm, point, seed)
-            accuracy = float(evaluation.report["validation_accuracy"][i, j])
-            due = accuracy > self._best.get(key, -1) if self._restores else evaluation.last
-            if self._wanted(seed) and due:
-                train = evaluation.state(i, j).train
-                self._best[key] = accuracy
-                self.kept[key] = {"params": train.params, "batch_stats": train.batch_stats}
+        for place, point, seed in evaluation.chunk.wanted:
+            if self._wanted(seed) and evaluation.kept[place]:
+                train = evaluation.state(*place).train
+                variables = {"params": train.params, "batch_stats": train.batch_stats}
+                self.kept[arm, point, seed] = variables

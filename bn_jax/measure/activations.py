@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,9 +34,8 @@ class Percentiles:
         if arm not in self._inputs:
             self._inputs[arm] = _compiled(evaluation.run)
         images, chunk = sample(evaluation.dataset), evaluation.chunk
-        pairs = itertools.product(enumerate(chunk.points), enumerate(chunk.seeds))
-        for (i, point), (j, seed) in pairs:
-            train = evaluation.state(i, j).train
+        for place, point, seed in chunk.wanted:
+            train = evaluation.state(*place).train
             values = self._inputs[arm](train.params, train.batch_stats, images)
             # 2.4 ms for 1,000 images and 100 units; jax.numpy's, which sort, take 16.
             path = np.percentile(np.asarray(values), PERCENTILES, axis=0)

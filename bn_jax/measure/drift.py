@@ -56,9 +56,9 @@ def drift_summary(
     """
     runs: dict[tuple, list] = {}
     for r in records:
-        units = np.median(drift(paths[r["arm"], _point(r), r["seed"]]))
+        units = np.median(drift(paths[r["arm"], Point.of(r), r["seed"]]))
         lost = r["diverged_at"] is not None or not np.isfinite(units)
-        runs.setdefault((r["arm"], _point(r)), []).append(None if lost else float(units))
+        runs.setdefault((r["arm"], Point.of(r)), []).append(None if lost else float(units))
     momentums = {(arm["arm"], arm["momentum"]) for arm in summary["arms"]}
     rates: dict[tuple, list] = {}
     for row in summary["by_point"]:
@@ -73,8 +73,8 @@ def drift_summary(
 
 def _compared(rows, runs):
     base, *others = rows
-    over = runs[base["arm"], _point(base)]
-    ratios = [(row["arm"], speedup(over, runs[row["arm"], _point(row)])) for row in others]
+    over = runs[base["arm"], Point.of(base)]
+    ratios = [(row["arm"], speedup(over, runs[row["arm"], Point.of(row)])) for row in others]
     return {
         "arms": [_arm(row, runs) for row in rows],
         "times_smaller": [
@@ -85,10 +85,6 @@ def _compared(rows, runs):
 
 
 def _arm(row, runs):
-    own = runs[row["arm"], _point(row)]
+    own = runs[row["arm"], Point.of(row)]
     statistics = {"median": median(own), "ci95": median_interval(own)}
-    return {"arm": row["arm"], **_point(row)._asdict(), **statistics}
-
-
-def _point(row):
-    return Point(*(row[field] for field in Point._fields))
+    return {"arm": row["arm"], **Point.of(row)._asdict(), **statistics}

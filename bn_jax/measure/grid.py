@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,11 @@ class Point(NamedTuple):
     learning_rate: float
     init_scale: float = 1.0
     momentum: float | None = None
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Point:
+        """That of a record, or of an arm of a summary."""
+        return cls(*(row[field] for field in cls._fields))
 
 
 class Budget(NamedTuple):
@@ -73,9 +79,10 @@ class Chunk(NamedTuple):
         return self.keys.shape[0] * self.swept.learning_rate.shape[0]
 
     @property
-    def wanted(self) -> int:
-        """Those that do not only fill up."""
-        return len(self.points) * len(self.seeds)
+    def wanted(self) -> list[tuple[tuple[int, int], Point, int]]:
+        """Those that do not only fill up: place in arrays `[points, seeds]`, point, seed."""
+        pairs = itertools.product(enumerate(self.points), enumerate(self.seeds))
+        return [((i, j), point, seed) for (i, point), (j, seed) in pairs]
 
 
 def chunks(points: Sequence[Point], seeds: Sequence[int], limit: int) -> Iterator[Chunk]:

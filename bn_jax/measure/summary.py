@@ -71,7 +71,7 @@ def _group(records):
     """{arm: {point: its runs by seed}}, in the order of the records."""
     groups: dict[str, dict[Point, list[Record]]] = {}
     for r in records:
-        point = Point(r["learning_rate"], r["init_scale"], r["momentum"])
+        point = Point.of(r)
         groups.setdefault(r["arm"], {}).setdefault(point, []).append(r)
     for runs in itertools.chain.from_iterable(points.values() for points in groups.values()):
         runs.sort(key=lambda r: r["seed"])

@@ -33,6 +33,8 @@ class Evaluation(NamedTuple):
       report: what was measured, `[points, seeds]` each.
       state: the `RunState` of the run of a point and a seed of the chunk, by their places.
       last: whether the chunk ends here; `run_steps` has what it leaves out.
+      kept: whether a run's state here is, so far, the one that it ends with, bool
+        `[points, seeds]`: with `patience` the best, without it the last.
     """
 
     run: Run
@@ -43,6 +45,7 @@ class Evaluation(NamedTuple):
     report: dict[str, np.ndarray]
     state: Callable[[int, int], RunState]
     last: bool
+    kept: np.ndarray
 
 
 def sweep(
@@ -90,9 +93,8 @@ def sweep(
         history, seconds = _train(engine, chunk, budget, show)
         seconds["compilation"] = compilation
         yield [
-            _record(point, seed, [_pick(h, i, j) for h in history], budget, seconds)
-            for i, point in enumerate(chunk.points)
-            for j, seed in enumerate(chunk.seeds)
+            _record(point, seed, [_pick(h, *place) for h in history], budget, seconds)
+            for place, point, seed in chunk.wanted
         ]
 
 
@@ -104,7 +106,8 @@ def _train(engine, chunk, budget, show):
 
     def show_after(run_steps):
         pick = functools.partial(engine.pick, state)
-        show(chunk, done, run_steps * chunk.wanted, report, pick, ended)
+        runs = run_steps * len(chunk.wanted)
+        show(chunk, done, runs, report, pick, ended, _kept(history, budget, ended))
 
     show_after(0)
     while not ended:
@@ -122,6 +125,17 @@ def _train(engine, chunk, budget, show):
         "evaluation": evaluation / chunk.runs,
         "runs_at_once": chunk.runs,
     }
+
+
+def _kept(history, budget, ended):
+    shape = history[-1]["diverged_at"].shape
+    if budget.patience is None:
+        return np.full(shape, ended)
+    kept, latest = np.zeros(shape, bool), len(history) - 1
+    for place in np.ndindex(shape):
+        accuracies = np.nan_to_num([h["validation_accuracy"][place] for h in history])
+        kept[place] = budget.stop(accuracies) is None and np.argmax(accuracies) == latest
+    return kept
 
 
 def _all_ended(history, budget):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -12,6 +13,7 @@ from bn_jax.data import batch_indices, load
 from bn_jax.measure import Budget, Point, sweep
 from bn_jax.models import MLP
 from bn_jax.training.run import Run
+from experiments.watchers import Weights
 
 
 @functools.cache
@@ -65,6 +67,24 @@ def test_a_stopped_run_has_the_numbers_of_its_best_evaluation():
         assert not any(early["train_loss"][last + 1 :])
     assert stopped[0]["stopped_at"] == 20
     assert sum(e.run_steps for e in seen) == 120 * 4
+
+
+def test_the_weights_that_are_kept_are_those_a_run_goes_back_to():
+    dataset, run, weights = digits(), build(), Weights(lambda seed: seed == 1)
+    points, budget, steps = [Point(1e-9), Point(0.3), Point(3.0)], Budget(120, 10, 2), {}
+
+    def watch(evaluation):
+        weights("bn", evaluation)
+        for place, point, seed in evaluation.chunk.wanted:
+            steps[point, seed, evaluation.step] = evaluation.state(*place).train.params
+
+    records = next(sweep(run, dataset, points, (0, 1), budget, on_evaluation=watch))
+    assert set(weights.kept) == {("bn", point, 1) for point in points}
+    assert {r["restored"] for r in records if r["seed"] == 1} > {0}
+    for point, record in zip(points, records[1::2], strict=True):
+        step = 120 if record["restored"] is None else record["restored"]
+        kept = weights.kept["bn", point, 1]["params"]
+        jax.tree.map(np.testing.assert_array_equal, kept, steps[point, 1, step])
 
 
 def test_a_sweep_ends_when_its_last_run_stops():
