@@ -128,7 +128,7 @@ def build_run(config: Config, arm: Arm, dataset: Any) -> Any:
     loss = functools.partial(cross_entropy, label_smoothing=config.label_smoothing)
     run = Run(model, make_optimizer, scaled, batches, loss, augmentation(config.augment))
     try:
-        key, swept = jax.random.key(0), Swept(1.0, 1.0, 0.5)
+        key, swept = jax.random.key(0), Swept()
         rows = jax.eval_shape(lambda: batches(key, 0, 1)[0])
         state = jax.eval_shape(run.init, key, swept, dataset.train.inputs)
         jax.eval_shape(run.step, state, swept, dataset.train, rows)

@@ -133,7 +133,7 @@ def print_layers(runs: Mapping[str, Any], dataset: Any) -> None:
     console = {"width": 120, "force_terminal": False}
     example = dataset.scaled(dataset.train.inputs[:1])
     for name, run in runs.items():
-        model = run.model(Swept(1.0, 1.0, 0.5))
+        model = run.model(Swept())
         table = nn.tabulate(model, jax.random.key(0), depth=1, console_kwargs=console)
         print(f"{name}:{table(example, train=False).rstrip()}\n")
         trained, kept = parameter_counts(run, dataset)
@@ -149,9 +149,7 @@ def parameter_counts(run: Any, dataset: Any) -> tuple[int, int]:
 
     from bn_jax.training.run import Swept
 
-    state = jax.eval_shape(
-        run.init, jax.random.key(0), Swept(1.0, 1.0, 0.5), dataset.train.inputs
-    )
+    state = jax.eval_shape(run.init, jax.random.key(0), Swept(), dataset.train.inputs)
     return tuple(
         sum(v.size for v in jax.tree.leaves(part))
         for part in (state.train.params, state.train.batch_stats)

@@ -47,7 +47,7 @@ def accuracy(
     from bn_jax.training.run import Swept
 
     run = training.runs[arm]
-    model = run.model(Swept(1.0, 1.0, 0.5))
+    model = run.model(Swept())
     train, examples = batch_size is not None, split.labels.size
     size = min(batch_size or examples, examples)
     count = examples // size

@@ -50,7 +50,7 @@ def sample(dataset: Any) -> jax.Array:
 
 def _compiled(run: Run) -> Callable:
     """(params, batch_stats, stored images) to the inputs of the units."""
-    model = run.model(Swept(1.0, 1.0, 0.5))  # of these nothing matters once it is trained
+    model = run.model(Swept())
 
     @jax.jit
     def inputs(params, batch_stats, images):

@@ -32,28 +32,33 @@ class _Cifar(nn.Module):
         return self.features[:-dense], self.features[-dense:]
 
     def blocks(
-        self, channels: Sequence[int], second: str, x: jax.Array, train: bool
+        self,
+        channels: Sequence[int],
+        second: str,
+        x: jax.Array,
+        train: bool,
+        mask: jax.Array | None,
     ) -> jax.Array:
         """x through the blocks, flattened; `second` is the second convolution's padding."""
         if x.ndim != 4:
             raise ValueError(f"images are [n, height, width, channels], not {x.shape}")
         image = x.shape[1:]
         if "input" in self.places:
-            x = normalized(self.norm, x, train)
+            x = normalized(self.norm, x, train, mask)
         for c in channels:
             for padding in ("SAME", second):
                 conv = functools.partial(nn.Conv, c, (3, 3), padding=padding)
-                x = hidden_layer(self.norm, self.places, conv, self.activation, x, train)
+                x = hidden_layer(self.norm, self.places, conv, self.activation, x, train, mask)
             if min(x.shape[1:3]) < 2:
                 raise ValueError(f"images of {image} are too small for {len(channels)} blocks")
             x = max_pool(x, 2, 2, "VALID")
             x = nn.Dropout(self.dropout / 2, deterministic=not train)(x)
         return x.reshape(x.shape[0], -1)
 
-    def dense(self, width: int, x: jax.Array, train: bool) -> jax.Array:
+    def dense(self, width: int, x: jax.Array, train: bool, mask: jax.Array | None) -> jax.Array:
         """A dense layer with its norm and activation, and dropout."""
         layer = functools.partial(nn.Dense, width)
-        x = hidden_layer(self.norm, self.places, layer, self.activation, x, train)
+        x = hidden_layer(self.norm, self.places, layer, self.activation, x, train, mask)
         return nn.Dropout(self.dropout, deterministic=not train)(x)
 
 
@@ -75,8 +80,12 @@ class CifarA(_Cifar):
     places: tuple[str, ...] = ("after",)
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, *, train: bool, mask: jax.Array | None = None
+    ) -> jax.Array:
         """Images `[n, height, width, channels]` to outputs `[n, num_outputs]`.
+
+        The mask is as in `MLP`.
 
         Dropout takes the random stream `dropout`, in training.
 
@@ -85,9 +94,9 @@ class CifarA(_Cifar):
             or there are too few features.
         """
         channels, (width, last) = self.split(2)
-        x = self.dense(width, self.blocks(channels, "SAME", x, train), train)
+        x = self.dense(width, self.blocks(channels, "SAME", x, train, mask), train, mask)
         layer = functools.partial(nn.Dense, last)
-        x = hidden_layer(None, (), layer, self.activation, x, train)
+        x = hidden_layer(None, (), layer, self.activation, x, train, mask)
         return nn.Dense(self.num_outputs)(x)
 
 
@@ -106,8 +115,10 @@ class CifarB(_Cifar):
     features: Sequence[int] = (32, 64, 512)
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, *, train: bool, mask: jax.Array | None = None
+    ) -> jax.Array:
         """As `CifarA`'s."""
         channels, (width,) = self.split(1)
-        x = self.dense(width, self.blocks(channels, "VALID", x, train), train)
+        x = self.dense(width, self.blocks(channels, "VALID", x, train, mask), train, mask)
         return nn.Dense(self.num_outputs)(x)

@@ -32,8 +32,12 @@ class CNN(nn.Module):
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, *, train: bool, mask: jax.Array | None = None
+    ) -> jax.Array:
         """Images `[n, height, width, channels]` to outputs `[n, num_outputs]`.
+
+        The mask is as in `MLP`.
 
         Raises:
           ValueError: x is of another rank, or the images are too small for the max-pools.
@@ -46,12 +50,12 @@ class CNN(nn.Module):
             )
         hidden = functools.partial(hidden_layer, self.norm, self.places)
         if "input" in self.places:
-            x = normalized(self.norm, x, train)
+            x = normalized(self.norm, x, train, mask)
         *channels, width = self.features
         for c in channels:
-            x = hidden(functools.partial(nn.Conv, c, (3, 3)), self.activation, x, train)
+            x = hidden(functools.partial(nn.Conv, c, (3, 3)), self.activation, x, train, mask)
             x = max_pool(x, 2, 2, "VALID")
         x = x.reshape(x.shape[0], -1)
-        x = hidden(functools.partial(nn.Dense, width), self.activation, x, train)
+        x = hidden(functools.partial(nn.Dense, width), self.activation, x, train, mask)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.num_outputs)(x)

@@ -65,9 +65,11 @@ class InceptionBlock(nn.Module):
     width: float = 1.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, *, train: bool, mask: jax.Array | None = None
+    ) -> jax.Array:
         """`[n, height, width, channels]` to `[n, height/stride, width/stride, channels]`."""
-        row, conv = self.row, functools.partial(_convolution, self, train)
+        row, conv = self.row, functools.partial(_convolution, self, train, mask)
         one = [conv(row.one, 1, x)] if row.one else []
         three = conv(row.three, 3, conv(row.three_reduce, 1, x), row.stride)
         double = conv(row.double, 3, conv(row.double_reduce, 1, x))
@@ -115,8 +117,12 @@ class Inception(nn.Module):
     per_activation_last: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, *, train: bool, mask: jax.Array | None = None
+    ) -> jax.Array:
         """Images `[n, height, width, channels]` to outputs `[n, num_outputs]`.
+
+        The mask is as in `MLP`.
 
         Dropout takes the random stream `dropout`, in training.
 
@@ -126,14 +132,14 @@ class Inception(nn.Module):
         """
         self._check(x)
         if "input" in self.places:
-            x = normalized(self.norm, x, train)
+            x = normalized(self.norm, x, train, mask)
         stem = {"imagenet": _imagenet_stem, "small": _small_stem}[self.stem]
-        x = stem(functools.partial(_convolution, self, train), self._across_channels, x)
+        x = stem(functools.partial(_convolution, self, train, mask), self._across_channels, x)
         for name in self.blocks:
             last = self.per_activation_last and name == self.blocks[-1]
             norm = functools.partial(self.norm, axis=(1, 2, 3)) if last else self.norm
             fields = (BLOCKS[name], norm, self.places, self.activation, self.width)
-            x = InceptionBlock(*fields, name=f"block_{name}")(x, train=train)
+            x = InceptionBlock(*fields, name=f"block_{name}")(x, train=train, mask=mask)
         x = nn.Dropout(self.dropout, deterministic=not train)(x.mean((1, 2)))
         return nn.Dense(self.num_outputs)(x)
 
@@ -152,11 +158,11 @@ class Inception(nn.Module):
             raise ValueError("per_activation_last=True needs a norm, such as BatchNorm")
 
 
-def _convolution(module, train, features, size, x, stride=1):
+def _convolution(module, train, mask, features, size, x, stride=1):
     """A convolution of `module`, scaled to its width, with its norm and activation."""
     channels = 4 * max(1, round(features * module.width / 4))
     conv = functools.partial(nn.Conv, channels, (size, size), strides=stride)
-    return hidden_layer(module.norm, module.places, conv, module.activation, x, train)
+    return hidden_layer(module.norm, module.places, conv, module.activation, x, train, mask)
 
 
 def _imagenet_stem(conv, across_channels, x):

@@ -57,8 +57,12 @@ class LSTM(nn.Module):
     noise: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, *, train: bool, mask: jax.Array | None = None
+    ) -> jax.Array:
         """Images `[n, height, width, channels]` to outputs `[n, num_outputs]`.
+
+        The mask is as in `MLP`.
 
         Raises:
           ValueError: x is of another rank, or `read` or one of `places` is unknown.
@@ -71,6 +75,7 @@ class LSTM(nn.Module):
             variable_broadcast="params",
             variable_axes={DenyList("params"): 0},
             split_rngs={"params": False},
+            in_axes=(0, nn.broadcast),
         )(
             self.features,
             self.norm if "recurrent" in self.places else None,
@@ -82,8 +87,8 @@ class LSTM(nn.Module):
         h = jnp.zeros((x.shape[1], self.features), x.dtype)
         if train and self.noise:
             h += self.noise * jax.random.normal(self.make_rng("dropout"), h.shape, h.dtype)
-        (h, _), _ = steps((h, jnp.zeros_like(h)), x)
-        h = normalized(self.norm, h, train) if "output" in self.places else h
+        (h, _), _ = steps((h, jnp.zeros_like(h)), x, mask)
+        h = normalized(self.norm, h, train, mask) if "output" in self.places else h
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         return nn.Dense(self.num_outputs, kernel_init=ORTHOGONAL, name="output")(h)
 
@@ -134,35 +139,36 @@ class LSTMStep(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[jax.Array, jax.Array], x: jax.Array
+        self, carry: tuple[jax.Array, jax.Array], x: jax.Array, mask: jax.Array | None = None
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         """One step further.
 
         Args:
           carry: h and c, `[n, features]` each.
           x: `[n, 4 features]`; W_x x_t in the paper.
+          mask: as in `MLP`.
         """
         h, c = carry
-        act = ACTIVATIONS[self.activation]
+        act, norm = ACTIVATIONS[self.activation], functools.partial(self._norm, mask)
         kernel = nn.Dense(
             4 * self.features, use_bias=False, kernel_init=_recurrent, name="recurrent"
         )
         bias = self.param("bias", _forget, (1, 4 * self.features))
-        gates = self._norm("hidden_norm", kernel(h), use_bias=False)
-        gates = gates + self._norm("input_norm", x, use_bias=False) + bias
+        gates = norm("hidden_norm", kernel(h), use_bias=False)
+        gates = gates + norm("input_norm", x, use_bias=False) + bias
         f, i, o, g = jnp.split(gates, 4, axis=-1)
         c = nn.sigmoid(f) * c + nn.sigmoid(i) * act(g)
-        h = nn.sigmoid(o) * act(self._norm("cell_norm", c))
+        h = nn.sigmoid(o) * act(norm("cell_norm", c))
         # Zeros made by init would be of init's batch.
         h = h if self.is_initializing() else self.perturb("hidden", h)
         return (h, c), None
 
-    def _norm(self, name, x, **fields):
+    def _norm(self, mask, name, x, **fields):
         if self.norm is None:
             return x
         scale = nn.initializers.constant(self.initial_scale)
         norm = functools.partial(self.norm, name=name, scale_init=scale, **fields)
-        return normalized(norm, x, self.train)
+        return normalized(norm, x, self.train, mask)
 
 
 def _recurrent(key, shape, dtype=jnp.float32):

@@ -34,13 +34,18 @@ class MLP(nn.Module):
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """x `[n, ...]`, flattened, to outputs `[n, num_outputs]`."""
+    def __call__(
+        self, x: jax.Array, *, train: bool, mask: jax.Array | None = None
+    ) -> jax.Array:
+        """x `[n, ...]`, flattened, to outputs `[n, num_outputs]`.
+
+        Of the examples only those of the mask, bool `[n]`, count in statistics of the batch.
+        """
         x = x.reshape(x.shape[0], -1)
         if "input" in self.places:
-            x = normalized(self.norm, x, train)
+            x = normalized(self.norm, x, train, mask)
         for width in self.features:
             dense = functools.partial(nn.Dense, width)
-            x = hidden_layer(self.norm, self.places, dense, self.activation, x, train)
+            x = hidden_layer(self.norm, self.places, dense, self.activation, x, train, mask)
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.num_outputs)(x)

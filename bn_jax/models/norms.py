@@ -43,14 +43,25 @@ NORMS: dict[str, Norm | None] = {
 }
 
 
-def normalized(norm: Norm | None, x: jax.Array, train: bool) -> jax.Array:
-    """x through a new layer of `norm` (inside a compact method); x itself if it is None."""
+def normalized(
+    norm: Norm | None, x: jax.Array, train: bool, mask: jax.Array | None = None
+) -> jax.Array:
+    """x through a new layer of `norm` (inside a compact method); x itself if it is None.
+
+    Args:
+      norm: the layer; one with running statistics is given `train` and the mask.
+      x: input, channels last.
+      train: whether it uses, and updates, the statistics of the batch.
+      mask: bool `[n]`: examples that count in these.
+    """
     if norm is None:
         return x
     layer = norm()
-    if hasattr(layer, "use_running_average"):
-        return layer(x, use_running_average=not train)
-    return layer(x)
+    if not hasattr(layer, "use_running_average"):
+        return layer(x)
+    if mask is not None:
+        mask = mask.reshape(-1, *(1,) * (x.ndim - 1))
+    return layer(x, use_running_average=not train, mask=mask)
 
 
 def hidden_layer(
@@ -60,6 +71,7 @@ def hidden_layer(
     activation: str,
     x: jax.Array,
     train: bool,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
     """A linear layer, its activation, and the norm before or after that.
 
@@ -71,14 +83,13 @@ def hidden_layer(
       places: some of `before`, `after`; others are not for this layer.
       linear: `nn.Dense` or `nn.Conv` with its size; given use_bias and kernel_init.
       activation: a key of `ACTIVATIONS`.
-      x: input, channels last.
-      train: whether a BatchNorm uses, and updates, the statistics of the batch.
+      x, train, mask: as in `normalized`.
     """
     before = norm is not None and "before" in places
     x = linear(use_bias=not before, kernel_init=kernel_init(activation))(x)
-    x = normalized(norm, x, train) if before else x
+    x = normalized(norm, x, train, mask) if before else x
     x = ACTIVATIONS[activation](x)
-    return normalized(norm, x, train) if "after" in places else x
+    return normalized(norm, x, train, mask) if "after" in places else x
 
 
 def kernel_init(activation: str) -> nn.initializers.Initializer:

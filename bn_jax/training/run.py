@@ -30,15 +30,17 @@ NO_SUMS = Metrics(np.float32(0), np.float32(0))
 class Swept(NamedTuple):
     """What a sweep varies besides the key, float32 `[]` each.
 
+    Where only the model is wanted, of trained weights or for its shapes, `Swept()` will do.
+
     Attributes:
       learning_rate: of the optimizer.
       init_scale: factor on every kernel at the start.
       momentum: of BatchNorm's running statistics; no part of a model without them.
     """
 
-    learning_rate: jax.Array
-    init_scale: jax.Array
-    momentum: jax.Array
+    learning_rate: jax.Array | float = 1.0
+    init_scale: jax.Array | float = 1.0
+    momentum: jax.Array | float = 0.9
 
 
 class RunState(NamedTuple):
