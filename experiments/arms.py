@@ -104,12 +104,14 @@ def build_run(config: Config, arm: Arm, dataset: Any) -> Any:
     _check_names(config)
     family = _family(config, arm)
 
-    def model(swept):
-        norm = arm.norm
+    norm = _grouped(config, arm)
+
+    def model(swept, axis_name=None):
+        own = norm
         if arm.has_momentum:
-            norm = functools.partial(norm, momentum=swept.momentum)
+            own = functools.partial(norm, momentum=swept.momentum, axis_name=axis_name)
         return family(
-            num_outputs=1 if dataset.num_classes == 2 else dataset.num_classes, norm=norm
+            num_outputs=1 if dataset.num_classes == 2 else dataset.num_classes, norm=own
         )
 
     def batches(key, first_step, num_steps):
@@ -136,6 +138,25 @@ def build_run(config: Config, arm: Arm, dataset: Any) -> Any:
         widths = f" --features={listed(config.features)}" if config.features else ""
         raise UserError(f"--model={config.model}{widths}: {e}") from e
     return run
+
+
+def _grouped(config, arm):
+    """The norm, with statistics of groups where that is asked for and it is a BatchNorm."""
+    from bn_jax.linen import BatchNorm, GhostBatchNorm
+    from bn_jax.measure.layouts import layout
+
+    size = config.bn_group_size
+    if size is None or getattr(arm.norm, "func", arm.norm) is not BatchNorm:
+        return arm.norm
+    devices = layout(config.parallel, len(grid(config, arm)), config.seeds).parts
+    each = -(-config.batch_size // devices)
+    if devices > 1 and size and each % size and size % each:
+        raise UserError(
+            f"--bn_group_size={size}: {devices} devices have {each} examples each of a "
+            f"batch of {config.batch_size}; choose a divisor or a multiple of {each}"
+        )
+    given = getattr(arm.norm, "keywords", {})
+    return functools.partial(GhostBatchNorm, group_size=size or each, **given)
 
 
 def _scaled(config, arm, dataset):

@@ -193,7 +193,8 @@ def train(
 
             for finished in measure.sweep(
                 runs[name], dataset, points, seeds, budgets[name],
-                max_runs_at_once=config.max_runs_at_once, on_evaluation=see,
+                max_runs_at_once=config.max_runs_at_once, parallel=config.parallel,
+                on_evaluation=see,
             ):  # fmt: skip
                 for record in finished:
                     records.append({"arm": name, **record})

@@ -17,7 +17,7 @@ COUNTS = (
 RANGES = {
     "dropout": (0, 1), "label_smoothing": (0, 1), "decay_rate": (0, math.inf),
     "warmup_steps": (0, math.inf), "l2": (0, math.inf), "weight_decay": (0, math.inf),
-    "clip": (0, math.inf),
+    "clip": (0, math.inf), "bn_group_size": (0, math.inf),
 }  # fmt: skip
 
 
@@ -119,8 +119,19 @@ class Config:
     target: float | None = flag(
         None, "test accuracy to reach, in (0, 1]; by default the best that the baseline reached"
     )
+    bn_group_size: int | None = flag(
+        None,
+        "examples that share statistics in a BatchNorm, however many devices there are; by "
+        "default all of the batch; 0: those of a device",
+    )
+    parallel: str = flag(
+        "auto",
+        "how several devices share the work: grid (runs of their own), pmap, jit or shard_map "
+        "(a part of every batch), single (only one works); auto: grid where there is a run "
+        "for every device, else pmap",
+    )
     max_runs_at_once: int | None = flag(
-        None, "runs trained together; by default as many as fit in 2 GiB"
+        None, "runs trained together on a device; by default as many as fit in 2 GiB"
     )
     summary: bool = flag(False, "print the layers of every arm's network first")
     tensorboard: bool = flag(False, "write events for TensorBoard to the workdir too")

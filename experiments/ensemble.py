@@ -66,19 +66,16 @@ def train(
     with Progress(config.steps * sum(len(seeds) for _, seeds in members.values())) as progress:
         for name, (arm, seeds) in members.items():
             progress.describe(f"{name}: {len(seeds)} runs")
-            run, point, weights = (
-                build_run(config, arm, dataset),
-                grid(config, arm)[0],
-                Weights(),
-            )
+            run = build_run(config, arm, dataset)
+            point, weights = grid(config, arm)[0], Weights()
 
             def see(evaluation, name=name, weights=weights):
                 weights(name, evaluation)
                 progress.advance(evaluation.run_steps)
 
             budget = measure.Budget(config.steps, config.steps)
-            for _ in measure.sweep(run, dataset, [point], seeds, budget, on_evaluation=see):
-                pass
+            shared = {"parallel": config.parallel, "on_evaluation": see}
+            list(measure.sweep(run, dataset, [point], seeds, budget, **shared))
             found += probabilities(run, point, list(weights.kept.values()), dataset)
     return found
 

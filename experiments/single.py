@@ -27,9 +27,10 @@ def train_one(
     """
     from bn_jax.measure.engines import engine_class
     from bn_jax.measure.grid import chunks
+    from bn_jax.measure.layouts import Single
 
-    (chunk,) = chunks([point], [seed], 1)
-    engine = engine_class(run, dataset)(run, dataset, budget, chunk)
+    (chunk,), devices = chunks([point], [seed], 1), Single()
+    engine = engine_class(run, dataset, devices)(run, dataset, budget, devices, chunk)
     state = engine.init(chunk)
     see(0, engine.pick(state, 0, 0))
     for done in range(0, budget.steps, budget.eval_every):

@@ -31,6 +31,16 @@ def compilation(request):
     jax.config.update("jax_disable_most_optimizations", hasty)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_device_unless_told():
+    """The fake devices share two cores: what is not about them uses one."""
+    from bn_jax.measure import layouts
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layouts, "automatic", lambda runs, devices: "single")
+        yield
+
+
 @pytest.fixture
 def x64():
     with jax.enable_x64(True):

@@ -1,18 +1,20 @@
 """Two ways to train a chunk of the grid, with one interface.
 
-`Together`: all runs in one vmapped program that scans over the steps. For dense networks.
-`InTurn`: one run, step by step through one compiled step. For networks with convolutions
-on CPU, where XLA runs a convolution within a loop some 25 times slower, and a vmapped one
-as a slow grouped convolution.
+`Together`: all runs of a device in one vmapped program that scans over the steps. For dense
+networks.
+`InTurn`: one run on a device, step by step through one compiled step. For networks with
+convolutions on CPU, where XLA runs a convolution within a loop some 25 times slower, and a
+vmapped one as a slow grouped convolution; and where all devices train one network.
 
-`engine_class` is the one that suits. Both compile when they are made. `init(chunk)` gives a
-state, `advance(state, chunk, first_step)` the state `eval_every` steps later,
-`evaluate(state, chunk)` a dict of `[points, seeds]` arrays, `pick(state, i, j)` the state of
-one run. States are donated: use each once.
+`engine` chooses. Both compile when they are made. `init(chunk)` gives a state,
+`advance(state, chunk, first_step)` the state `eval_every` steps later, `evaluate(state,
+chunk)` a dict of `[points, seeds]` arrays, `pick(state, i, j)` the state of one run. States
+are donated: use each once.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -21,17 +23,19 @@ import numpy as np
 from jax import lax
 
 from bn_jax.measure.grid import Budget, Chunk
+from bn_jax.measure.layouts import Single
 from bn_jax.measure.programs import convolves
 from bn_jax.training.run import NO_SUMS, Run, RunState, data_key
 
 # Threefry unrolled for every kernel: 5.0 s of optimisation for a program that takes 10 ms.
 RUN_ONCE = {"xla_backend_optimization_level": 0}
+RUN = ("run", "seed", "point")
 
 
-def engine_class(run: Run, dataset: Any) -> type[Together | InTurn]:
+def engine_class(run: Run, dataset: Any, layout: Single) -> type[Together | InTurn]:
     """The faster one for the network and the machine."""
     in_turn = convolves(run, dataset) and jax.default_backend() == "cpu"
-    return InTurn if in_turn else Together
+    return InTurn if in_turn or layout.parts > 1 else Together
 
 
 class Together:
@@ -39,8 +43,9 @@ class Together:
 
     limit = None
 
-    def __init__(self, run: Run, dataset: Any, budget: Budget, example: Chunk):
-        self._dataset = dataset
+    def __init__(self, run: Run, dataset: Any, budget: Budget, layout: Single, example: Chunk):
+        self._layout, self._dataset = layout, layout.put(dataset, "all")
+        runs = example.runs // math.prod(layout.block)  # of a device
 
         def init(_, key, swept, dataset):
             return run.init(key, swept, dataset.train.inputs)
@@ -56,95 +61,122 @@ class Together:
 
         def evaluate(state, key, swept, dataset):
             def means(split):
-                rows = _rows(split, budget, example.runs)
+                rows = _rows(split, budget, runs)
                 sums = lax.map(lambda r: run.evaluate(state, swept, split, r), rows)
                 return jax.tree.map(jnp.sum, sums)
 
             sums = means(dataset.validation), means(dataset.test)
             return _report(state, *sums, dataset, budget)
 
-        inputs = (example.keys, example.swept, dataset)
-        state = jax.eval_shape(_over_grid(init, 1), None, *inputs)
-        self._init = _compile(_over_grid(init, 1), None, *inputs, options=RUN_ONCE)
-        self._advance = _compile(_over_grid(advance, 2), state, *inputs, np.int32(0), donate=0)
-        self._evaluate = _compile(_over_grid(evaluate, 1), state, *inputs)
+        def program(f, *more, donate=()):
+            return layout.program(_over_grid(f, len(more)), (*RUN, *more), donate)
+
+        inputs = (*_put(layout, example), self._dataset)
+        init, advance = program(init, "all"), program(advance, "all", "all", donate=(0,))
+        state = jax.eval_shape(init, None, *inputs)
+        self._init = init.lower(None, *inputs).compile(RUN_ONCE)
+        self._advance = advance.lower(state, *inputs, np.int32(0)).compile()
+        self._evaluate = program(evaluate, "all").lower(state, *inputs).compile()
 
     def init(self, chunk: Chunk) -> Any:
         """The state of every run before its first step."""
-        return self._init(None, chunk.keys, chunk.swept, self._dataset)
+        return self._init(None, *_put(self._layout, chunk), self._dataset)
 
     def advance(self, state: Any, chunk: Chunk, first_step: int) -> Any:
         """The state `eval_every` steps later."""
-        inputs = (chunk.keys, chunk.swept, self._dataset)
+        inputs = (*_put(self._layout, chunk), self._dataset)
         return self._advance(state, *inputs, np.int32(first_step))
 
     def evaluate(self, state: Any, chunk: Chunk) -> dict[str, np.ndarray]:
         """Losses, accuracies and `diverged_at`, `[points, seeds]` each."""
-        report = self._evaluate(state, chunk.keys, chunk.swept, self._dataset)
+        report = self._evaluate(state, *_put(self._layout, chunk), self._dataset)
         return jax.tree.map(np.asarray, report)
 
     def pick(self, state: Any, i: int, j: int) -> RunState:
         """A copy of the state of the run of point i and seed j."""
-        return jax.tree.map(lambda v: v[i, j], state)
+        return self._layout.own(state, i, j)
 
 
 class InTurn:
-    """A chunk of one run."""
+    """A chunk of one run, or of one on each device."""
 
     limit = 1
 
-    def __init__(self, run: Run, dataset: Any, budget: Budget, example: Chunk):
-        self._dataset, self._budget = dataset, budget
-        key, swept = _only(example)
+    def __init__(self, run: Run, dataset: Any, budget: Budget, layout: Single, example: Chunk):
+        self._layout, self._budget = layout, budget
+        self._dataset = layout.put(dataset, "all")
 
-        def init(key, swept, split):
+        def init(_, key, swept, split):
             return run.init(key, swept, split.inputs)
 
-        def order(key, first_step):
-            return run.batches(data_key(key), first_step, budget.eval_every)
+        def order(_, key, swept, first_step):
+            return run.batches(data_key(key), first_step, budget.eval_every).T
 
-        def step(state, swept, split, order, i):
+        def step(state, key, swept, split, i, order, axis_name=None):
             sums = jax.tree.map(lambda v: jnp.where(i == 0, 0, v), state.sums)
-            state = state._replace(sums=sums)
-            return run.step(state, swept, split, order[i])
+            rows = order.reshape(order.shape[-2:])[:, i]
+            return run.step(
+                state._replace(sums=sums), swept, split, rows,
+                filled=fills, axis_name=axis_name,
+            )  # fmt: skip
 
-        train = dataset.train
-        state = jax.eval_shape(init, key, swept, train)
-        rows = jax.eval_shape(order, key, np.int32(0))
-        self._init = _compile(init, key, swept, train, options=RUN_ONCE)
-        self._order = _compile(order, key, np.int32(0))
-        self._step = _compile(step, state, swept, train, rows, np.int32(0), donate=0)
+        def count(state, key, swept, split, rows, axis_name=None):
+            return run.evaluate(state, swept, split, rows, axis_name=axis_name)
+
+        def program(f, *more, donate=()):
+            return layout.program(_of_one(f), (*RUN, *more), donate)
+
+        inputs, train, zero = _put(layout, example), self._dataset.train, np.int32(0)
+        init, order = program(init, "all"), program(order, "all")
+        state = jax.eval_shape(init, None, *inputs, train)
+        fills = jax.eval_shape(order, None, *inputs, zero).shape[2] % layout.parts > 0
+        self._init = init.lower(None, *inputs, train).compile(RUN_ONCE)
+        self._order = order.lower(None, *inputs, zero).compile()
+        rows = layout.put(self._order(None, *inputs, zero), "order")
+        step = program(step, "all", "all", "order", donate=(0,))
+        self._step = step.lower(state, *inputs, train, zero, rows).compile()
+        self._rows = {
+            name: [layout.put(r, "rows") for r in _rows(split, budget, 1)]
+            for name, split in _held_out(self._dataset)
+        }
+        count = program(count, "all", "rows")
         self._count = {
-            name: _compile(run.evaluate, state, swept, split, _rows(split, budget, 1)[0])
-            for name, split in _held_out(dataset)
+            name: count.lower(state, *inputs, split, self._rows[name][0]).compile()
+            for name, split in _held_out(self._dataset)
         }
 
     def init(self, chunk: Chunk) -> Any:
-        """The state before the first step."""
-        return self._init(*_only(chunk), self._dataset.train)
+        """The state of every run before its first step."""
+        state = self._init(None, *_put(self._layout, chunk), self._dataset.train)
+        return self._layout.put(state, "run")
 
     def advance(self, state: Any, chunk: Chunk, first_step: int) -> Any:
         """The state `eval_every` steps later; the steps are queued, not waited for."""
-        key, swept = _only(chunk)
-        order = self._order(key, np.int32(first_step))
+        inputs, train = _put(self._layout, chunk), self._dataset.train
+        order = self._layout.put(self._order(None, *inputs, np.int32(first_step)), "order")
         for i in range(self._budget.eval_every):
-            state = self._step(state, swept, self._dataset.train, order, np.int32(i))
+            state = self._step(state, *inputs, train, np.int32(i), order)
+            self._layout.wait(state)
         return state
 
     def evaluate(self, state: Any, chunk: Chunk) -> dict[str, np.ndarray]:
-        """Losses, accuracies and `diverged_at`, `[1, 1]` each."""
-        _, swept = _only(chunk)
-        sums = []
+        """Losses, accuracies and `diverged_at`, `[points, seeds]` each."""
+        inputs, sums = _put(self._layout, chunk), []
         for name, split in _held_out(self._dataset):
-            rows = _rows(split, self._budget, 1)
-            parts = [self._count[name](state, swept, split, r) for r in rows]
+            parts = []
+            for rows in self._rows[name]:
+                parts.append(self._count[name](state, *inputs, split, rows))
+                self._layout.wait(parts)
             sums.append(jax.tree.map(lambda *v: sum(v), *parts))
-        report = _report(state, *sums, self._dataset, self._budget)
-        return {k: np.asarray(v).reshape(1, 1) for k, v in report.items()}
+        return jax.tree.map(np.asarray, _report(state, *sums, self._dataset, self._budget))
 
     def pick(self, state: Any, i: int, j: int) -> RunState:
-        """A copy of the state, which will be donated."""
-        return jax.tree.map(jnp.copy, state)
+        """A copy of the state of the run of point i and seed j."""
+        return self._layout.own(state, i, j)
+
+
+def _put(layout, chunk):
+    return layout.put(chunk.keys, "seed"), layout.put(chunk.swept, "point")
 
 
 def _report(state, validation, test, dataset, budget):
@@ -179,9 +211,12 @@ def _over_grid(f, shared):
     return jax.vmap(jax.vmap(f, (0, 0, None, *rest)), (0, None, 0, *rest))
 
 
-def _compile(f, *args, donate=(), options=None):
-    return jax.jit(f, donate_argnums=donate).lower(*args).compile(options)
+def _of_one(f):
+    """As `_over_grid`, where there is one point and one seed: f without vmap."""
 
+    def g(state, key, swept, *rest, **names):
+        state = jax.tree.map(lambda v: v[0, 0], state)
+        result = f(state, key[0], jax.tree.map(lambda v: v[0], swept), *rest, **names)
+        return jax.tree.map(lambda v: v[None, None], result)
 
-def _only(chunk):
-    return chunk.keys[0], jax.tree.map(lambda v: v[0], chunk.swept)
+    return g

@@ -85,10 +85,16 @@ class Chunk(NamedTuple):
         return [((i, j), point, seed) for (i, point), (j, seed) in pairs]
 
 
-def chunks(points: Sequence[Point], seeds: Sequence[int], limit: int) -> Iterator[Chunk]:
-    """The grid in rectangles of at most `limit` runs, all of one size: one compilation."""
-    wide = min(len(seeds), limit)
-    high = min(len(points), limit // wide)
+def chunks(
+    points: Sequence[Point], seeds: Sequence[int], limit: int, block: tuple[int, int] = (1, 1)
+) -> Iterator[Chunk]:
+    """The grid in rectangles, all of one size: one compilation.
+
+    A rectangle is `block` rectangles of at most `limit` runs each, one for each device.
+    """
+    wide = min(-(-len(seeds) // block[1]), limit)
+    high = min(-(-len(points) // block[0]), limit // wide) * block[0]
+    wide *= block[1]
     for i in range(0, len(points), high):
         for j in range(0, len(seeds), wide):
             some_points, some_seeds = points[i : i + high], seeds[j : j + wide]

@@ -12,6 +12,7 @@ import numpy as np
 
 from bn_jax.measure.engines import InTurn, Together, engine_class
 from bn_jax.measure.grid import Budget, Chunk, Point, chunks
+from bn_jax.measure.layouts import layout
 from bn_jax.measure.programs import run_bytes
 from bn_jax.training.run import Run, RunState
 
@@ -56,6 +57,7 @@ def sweep(
     budget: Budget,
     *,
     max_runs_at_once: int | None = None,
+    parallel: str = "auto",
     on_evaluation: Callable[[Evaluation], None] = lambda _: None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Trains every point with every seed, compiling once.
@@ -68,7 +70,8 @@ def sweep(
       dataset: with splits `train`, `validation` and `test`, as `bn_jax.data.load` gives.
       points, seeds: the grid.
       budget: steps and evaluations.
-      max_runs_at_once: by default as many as fit in 2 GiB by a rough estimate.
+      max_runs_at_once: on a device; by default as many as fit in 2 GiB by a rough estimate.
+      parallel: how several devices share the work: `bn_jax.measure.layouts.PARALLEL`.
       on_evaluation: called after every evaluation.
 
     Yields:
@@ -80,16 +83,17 @@ def sweep(
       stopped early a run has the numbers of the weights that it went back to.
     """
     budget.check()
-    make = engine_class(run, dataset)
+    devices = layout(parallel, len(points), len(seeds))
+    make = engine_class(run, dataset, devices)
     limit = max_runs_at_once or max(1, MEMORY // run_bytes(run, dataset))
     engine, compilation = None, 0.0
 
     def show(*seen):
         on_evaluation(Evaluation(run, dataset, *seen))
 
-    for chunk in chunks(points, seeds, make.limit or limit):
+    for chunk in chunks(points, seeds, make.limit or limit, devices.block):
         if engine is None:
-            engine, compilation = _timed(make, run, dataset, budget, chunk)
+            engine, compilation = _timed(make, run, dataset, budget, devices, chunk)
         history, seconds = _train(engine, chunk, budget, show)
         seconds["compilation"] = compilation
         yield [

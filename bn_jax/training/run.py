@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from bn_jax.training.metrics import cross_entropy
 from bn_jax.training.state import TrainState
@@ -62,7 +63,8 @@ class Run:
     """What is trained, and how.
 
     Attributes:
-      model: the network for the swept numbers.
+      model: the network for the swept numbers; given `axis_name` as well, one whose norms
+        share their statistics over it.
       optimizer: the transformation for a learning rate.
       scaled: from stored inputs to the network's.
       batches: (key, first step, number of steps) to the examples of each of those steps,
@@ -71,7 +73,7 @@ class Run:
       augment: (key, inputs of the network) to others, in training; or None.
     """
 
-    model: Callable[[Swept], nn.Module]
+    model: Callable[..., nn.Module]
     optimizer: Callable[[jax.Array], optax.GradientTransformation]
     scaled: Callable[[jax.Array], jax.Array]
     batches: Callable[[jax.Array, jax.Array, int], jax.Array]
@@ -85,19 +87,39 @@ class Run:
         state = init_state(_key(key, INIT), model, tx, example, swept.init_scale)
         return RunState(state, NO_SUMS, jnp.int32(-1), _key(key, NOISE))
 
-    def step(self, state: RunState, swept: Swept, split: Any, rows: jax.Array) -> RunState:
+    def step(
+        self,
+        state: RunState,
+        swept: Swept,
+        split: Any,
+        rows: jax.Array,
+        *,
+        filled: bool = False,
+        axis_name: str | None = None,
+    ) -> RunState:
         """One step on the examples `rows` (int32 `[batch]`) of the split.
+
+        If the batch is filled up, rows past the end of the split do not count. Over a mapped
+        axis `rows` are a device's part of the batch, and the state is the same on all;
+        noise (dropout, augmentation) is then other than without, of the same distribution.
 
         A run that has diverged stops: its training state stays as it was before the first
         step whose loss was not finite.
         """
-        inputs, labels = self.scaled(split.inputs[rows]), split.labels[rows]
+        inputs, labels, counted = self._examples(split, rows)
         noise, dropout = jax.random.split(jax.random.fold_in(state.key, state.train.step))
+        shared = {}
+        if axis_name is not None:
+            noise, dropout = (
+                jax.random.fold_in(k, lax.axis_index(axis_name)) for k in (noise, dropout)
+            )
+            shared = {"axis_name": axis_name}
         if self.augment is not None:
             inputs = self.augment(noise, inputs)
         train, means, _ = unguarded_step(
-            state.train, inputs, labels, self.model(swept),
+            state.train, inputs, labels, self.model(swept, **shared),
             self.optimizer(swept.learning_rate), loss=self.loss, key=dropout,
+            counted=counted if filled else None, **shared,
         )  # fmt: skip
         first = ~jnp.isfinite(means.loss) & (state.diverged_at < 0)
         diverged_at = jnp.where(first, state.train.step, state.diverged_at)
@@ -105,12 +127,23 @@ class Run:
         sums = jax.tree.map(jnp.add, state.sums, means)
         return RunState(train, sums, diverged_at, state.key)
 
-    def evaluate(self, state: RunState, swept: Swept, split: Any, rows: jax.Array) -> Metrics:
+    def evaluate(
+        self,
+        state: RunState,
+        swept: Swept,
+        split: Any,
+        rows: jax.Array,
+        *,
+        axis_name: str | None = None,
+    ) -> Metrics:
         """Sums over the examples `rows` (int32 `[n]`) of a split; those past its end are 0."""
+        sums = evaluate_chunk(state.train, self.model(swept), *self._examples(split, rows))
+        return sums if axis_name is None else lax.psum(sums, axis_name)
+
+    def _examples(self, split, rows):
         end = split.labels.shape[0]
         picked = jnp.minimum(rows, end - 1)
-        inputs, labels = self.scaled(split.inputs[picked]), split.labels[picked]
-        return evaluate_chunk(state.train, self.model(swept), inputs, labels, rows < end)
+        return self.scaled(split.inputs[picked]), split.labels[picked], rows < end
 
 
 def data_key(key: jax.Array) -> jax.Array:

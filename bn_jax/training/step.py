@@ -9,8 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from bn_jax.training.metrics import correct, cross_entropy
+from bn_jax.training.parallel import varying
 from bn_jax.training.skip import skip_nonfinite
 from bn_jax.training.state import TrainState
 
@@ -53,18 +55,30 @@ def train_step(
     *,
     loss: Loss = cross_entropy,
     key: jax.Array | None = None,
+    counted: jax.Array | None = None,
+    axis_name: str | None = None,
 ) -> tuple[TrainState, jax.Array]:
     """One step on one batch: the next state, and the mean loss before it, `[]`.
 
-    `key` is of the model's dropout.
+    Args:
+      state: of the run.
+      inputs, labels: `[n, ...]` as the model takes them, `[n]`.
+      model: applied with `train=True`.
+      optimizer: with its learning rate.
+      loss: (outputs, labels) to the loss of every example.
+      key: of the model's dropout.
+      counted: bool `[n]`; False for examples that only fill up the batch.
+      axis_name: of the devices over which the batch is laid out; the model's norms must
+        share their statistics over it, or in groups.
 
     Where the loss, a gradient or a running statistic would not be finite the step is counted
     as skipped, and changes nothing else than the number of steps. (Of an input of 3e38 the
     variance is infinite, and loss and gradients are finite.)
     """
     after, before, grads = unguarded_step(
-        state, inputs, labels, model, optimizer, loss=loss, key=key
-    )
+        state, inputs, labels, model, optimizer,
+        loss=loss, key=key, counted=counted, axis_name=axis_name,
+    )  # fmt: skip
     kept, skipped = skip_nonfinite(state, after, before.loss, grads, after.batch_stats)
     return kept._replace(step=after.step, skipped=state.skipped + skipped), before.loss
 
@@ -78,25 +92,44 @@ def unguarded_step(
     *,
     loss: Loss = cross_entropy,
     key: jax.Array | None = None,
+    counted: jax.Array | None = None,
+    axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics, Any]:
-    """The next state whatever it is, the batch's means before the step, and its gradients."""
+    """`train_step` whatever it comes to: the state, means before the step, gradients."""
+    size = inputs.shape[0] * (1 if axis_name is None else lax.axis_size(axis_name))
 
     def loss_fn(params):
+        given = {} if counted is None else {"mask": counted}
         outputs, updates = model.apply(
             _variables(params, state.batch_stats),
             inputs,
             train=True,
             mutable=["batch_stats"],
             rngs=None if key is None else {"dropout": key},
+            **given,
         )
-        stats = updates.get("batch_stats", {})
-        return loss(outputs, labels).mean(), (stats, correct(outputs, labels).mean())
+        values = Metrics(loss(outputs, labels), correct(outputs, labels))
+        if counted is not None:
+            values = jax.tree.map(lambda v: jnp.where(counted, v, 0), values)
+        means = jax.tree.map(lambda v: v.sum() / size, values)
+        return means.loss, (means, updates.get("batch_stats", {}))
 
-    (value, (stats, accuracy)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    params = varying(state.params, axis_name)
+    (_, (means, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    # One all-reduce carries all of it.
+    present = None if counted is None else counted.sum(dtype=jnp.float32)
+    means, grads, present = _total((means, grads, present), axis_name)
+    if present is not None:
+        scale = size / jnp.maximum(present, 1)
+        means, grads = jax.tree.map(lambda v: (v * scale).astype(v.dtype), (means, grads))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     after = TrainState(state.step + 1, params, stats, opt_state, state.skipped)
-    return after, Metrics(value, accuracy), grads
+    return after, means, grads
+
+
+def _total(tree, axis_name):
+    return tree if axis_name is None else lax.psum(tree, axis_name)
 
 
 def evaluate_chunk(

@@ -11,6 +11,7 @@ from bn_jax.linen import BatchNorm
 from bn_jax.measure import Budget, Point, sweep
 from bn_jax.measure.engines import InTurn, Together
 from bn_jax.measure.grid import chunks
+from bn_jax.measure.layouts import Single
 from bn_jax.models import CNN, MLP
 from bn_jax.training.run import Run, data_key
 
@@ -111,7 +112,7 @@ def test_engines_agree(digits):
     (chunk,) = chunks(POINTS[:1], [3], 1)
     reports = []
     for engine_class in (Together, InTurn):
-        engine = engine_class(run, digits, BUDGET, chunk)
+        engine = engine_class(run, digits, BUDGET, Single(), chunk)
         state = engine.init(chunk)
         for first in (0, 10):
             state = engine.advance(state, chunk, first)
@@ -155,7 +156,7 @@ def test_a_diverged_run_keeps_the_weights_that_it_had(digits):
     run = build(digits)
     run = Run(lambda swept: Explodes(), run.optimizer, run.scaled, run.batches)
     (chunk,) = chunks([Point(1e3)], [0], 1)
-    engine = Together(run, digits, BUDGET, chunk)
+    engine = Together(run, digits, BUDGET, Single(), chunk)
     before = engine.advance(engine.init(chunk), chunk, 0)
     kept = jax.tree.map(np.array, before.train)  # a copy: the state is donated
     assert before.diverged_at.item() == kept.step.item() >= 0
