@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +24,22 @@ METRICS = ("validation_loss", "validation_accuracy", "test_loss", "test_accuracy
 TRAINING = ("train_loss", "train_accuracy")
 
 
+class Underway(NamedTuple):
+    """A chunk between two evaluations: all that the rest of it follows from.
+
+    Attributes:
+      done: steps of its runs.
+      state: of the engine; donated to the next step.
+      history: the reports so far, that before the first step included.
+      seconds: spent on training and on evaluation.
+    """
+
+    done: int
+    state: Any
+    history: list[dict[str, np.ndarray]]
+    seconds: tuple[float, float]
+
+
 class Evaluation(NamedTuple):
     """What a sweep shows as it goes.
 
@@ -36,6 +53,8 @@ class Evaluation(NamedTuple):
       last: whether the chunk ends here; `run_steps` has what it leaves out.
       kept: whether a run's state here is, so far, the one that it ends with, bool
         `[points, seeds]`: with `patience` the best, without it the last.
+      number: of the chunk, counted from 0.
+      underway: from which a sweep can go on.
     """
 
     run: Run
@@ -47,6 +66,8 @@ class Evaluation(NamedTuple):
     state: Callable[[int, int], RunState]
     last: bool
     kept: np.ndarray
+    number: int
+    underway: Underway
 
 
 def sweep(
@@ -59,6 +80,8 @@ def sweep(
     max_runs_at_once: int | None = None,
     parallel: str = "auto",
     on_evaluation: Callable[[Evaluation], None] = lambda _: None,
+    first: int = 0,
+    resume: Callable[[Any], Underway | None] = lambda state: None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Trains every point with every seed, compiling once.
 
@@ -73,6 +96,8 @@ def sweep(
       max_runs_at_once: on a device; by default as many as fit in 2 GiB by a rough estimate.
       parallel: how several devices share the work: `bn_jax.measure.layouts.PARALLEL`.
       on_evaluation: called after every evaluation.
+      first: number of the chunk to begin with, those before it being done.
+      resume: from a state like the engine's to where that chunk goes on, or None.
 
     Yields:
       Records of finished runs, in the order of the grid. Each has the point, `seed`,
@@ -86,15 +111,18 @@ def sweep(
     devices = layout(parallel, len(points), len(seeds))
     make = engine_class(run, dataset, devices)
     limit = max_runs_at_once or max(1, MEMORY // run_bytes(run, dataset))
+    rectangles = enumerate(chunks(points, seeds, make.limit or limit, devices.block))
     engine, compilation = None, 0.0
-
-    def show(*seen):
-        on_evaluation(Evaluation(run, dataset, *seen))
-
-    for chunk in chunks(points, seeds, make.limit or limit, devices.block):
+    for number, chunk in itertools.islice(rectangles, first, None):
+        start = None
         if engine is None:
             engine, compilation = _timed(make, run, dataset, budget, devices, chunk)
-        history, seconds = _train(engine, chunk, budget, show)
+            start = resume(engine.init(chunk))
+
+        def show(*seen, number=number):
+            on_evaluation(Evaluation(run, dataset, *seen[:-1], number, seen[-1]))
+
+        history, seconds = _train(engine, chunk, budget, show, start)
         seconds["compilation"] = compilation
         yield [
             _record(point, seed, [_pick(h, *place) for h in history], budget, seconds)
@@ -102,18 +130,24 @@ def sweep(
         ]
 
 
-def _train(engine, chunk, budget, show):
+def _train(engine, chunk, budget, show, start):
     """The evaluations, and training and evaluation seconds for each run of the chunk."""
-    state = engine.init(chunk)
-    report, evaluation = _timed(engine.evaluate, state, chunk)
-    history, training, done, ended = [report], 0.0, 0, False
+    if start is None:
+        state = engine.init(chunk)
+        report, seconds = _timed(engine.evaluate, state, chunk)
+        start = Underway(0, state, [report], (0.0, seconds))
+    done, state, history, (training, evaluation) = start
+    history, ended = [*history], _ended(done, history, budget)
 
     def show_after(run_steps):
         pick = functools.partial(engine.pick, state)
         runs = run_steps * len(chunk.wanted)
-        show(chunk, done, runs, report, pick, ended, _kept(history, budget, ended))
+        kept = _kept(history, budget, ended)
+        underway = Underway(done, state, history, (training, evaluation))
+        show(chunk, done, runs, history[-1], pick, ended, kept, underway)
 
-    show_after(0)
+    if done == 0:
+        show_after(0)
     while not ended:
         state, seconds = _timed(engine.advance, state, chunk, done)
         training += seconds
@@ -121,7 +155,7 @@ def _train(engine, chunk, budget, show):
         evaluation += seconds
         history.append(report)
         done += budget.eval_every
-        ended = done == budget.steps or _all_ended(history, budget)
+        ended = _ended(done, history, budget)
         show_after(budget.eval_every + (budget.steps - done if ended else 0))
     return history, {
         "per_step": training / max(done, 1) / chunk.runs,
@@ -142,7 +176,9 @@ def _kept(history, budget, ended):
     return kept
 
 
-def _all_ended(history, budget):
+def _ended(done, history, budget):
+    if done == budget.steps:
+        return True
     diverged = history[-1]["diverged_at"] >= 0
     if budget.patience is None:
         return np.all(diverged)

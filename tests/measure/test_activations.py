@@ -103,7 +103,8 @@ def test_percentiles_of_every_run_at_every_evaluation():
     (chunk,) = chunks(points, seeds, 4)
     watch = Percentiles()
     for step in (0, 10, 20):  # none before the first step
-        watch("bn", Evaluation(run, dataset, chunk, step, 40, {}, state, step == 20, None))
+        seen = (run, dataset, chunk, step, 40, {}, state, step == 20, None, 0, None)
+        watch("bn", Evaluation(*seen))
 
     assert set(watch.paths) == {("bn", point, seed) for point in points for seed in seeds}
     images = np.asarray(dataset.test.inputs)

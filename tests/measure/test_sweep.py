@@ -2,6 +2,7 @@ import functools
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -183,3 +184,24 @@ def test_evaluation_is_over_the_whole_split_whatever_its_chunks(digits):
 def test_steps_that_evaluations_do_not_divide_are_refused(digits):
     with pytest.raises(ValueError, match="eval_every 7 does not divide the 20 steps"):
         records(build(digits), digits, budget=Budget(20, 7))
+
+
+@pytest.mark.parametrize("parallel", ["single", "grid", "jit"])
+def test_a_sweep_goes_on_where_it_was(digits, parallel):
+    """From the second chunk, after the first of its two evaluations, to the same bits."""
+    run, seen = build(digits), []
+    options = {"points": POINTS[:2], "seeds": (0, 1), "max_runs_at_once": 1}
+    options["parallel"] = parallel
+
+    def see(e):
+        at = e.underway
+        kept = at._replace(state=jax.tree.map(jnp.copy, at.state), history=[*at.history])
+        seen.append((e.number, kept))
+
+    whole = records(run, digits, on_evaluation=see, **options)
+    where = next(i for i, (number, at) in enumerate(seen) if number == (parallel != "grid"))
+    number, underway = seen[where + 1]
+    assert underway.done == 10
+    rest = records(run, digits, first=number, resume=lambda state: underway, **options)
+    assert rest == whole[-len(rest) :]
+    assert len(rest) == (4 if parallel == "grid" else 3)
