@@ -12,8 +12,13 @@ from typing import Any, NamedTuple
 from bn_jax.errors import UserError
 from experiments.config import Config, listed
 
-# What makes the network of 224x224 images one of 32x32, of some 40 ms a step on two cores.
-NARROW = {"inception": {"stem": "small", "width": 0.25, "blocks": ("3c", "4a", "4e", "5b")}}
+# What makes the networks of 224x224 images ones of 32x32 (Inception's of some 40 ms a step on
+# two cores).
+NARROW = {
+    "inception": {"stem": "small", "width": 0.25, "blocks": ("3c", "4a", "4e", "5b")},
+    "resnet18": {"stem": "small", "width": 0.25},
+    "resnet50": {"stem": "small", "width": 0.25},
+}
 
 
 class Arm(NamedTuple):
@@ -207,7 +212,7 @@ def _family(config, arm):
 
 def _activation(config):
     # Sigmoids: the network of Ioffe & Szegedy 2015, section 4.1.
-    own = {"lstm": "tanh", "inception": "relu"}
+    own = {"lstm": "tanh"} | dict.fromkeys(("inception", "resnet18", "resnet50"), "relu")
     return config.activation or own.get(config.model, "sigmoid")
 
 

@@ -56,7 +56,9 @@ class Config:
     augment: tuple[str, ...] = flag(
         (), "changes to training images, made on the device: shift, flip, distort"
     )
-    model: str = flag("mlp", "mlp, cnn, cifar_a, cifar_b, lstm or inception")
+    model: str = flag(
+        "mlp", "mlp, cnn, cifar_a, cifar_b, lstm, inception, resnet18 or resnet50"
+    )
     features: tuple[int, ...] | None = flag(
         None,
         "widths of the hidden layers (mlp, by default 100,100,100), or channels of the "
@@ -65,8 +67,8 @@ class Config:
     )
     activation: str | None = flag(
         None,
-        "relu, sigmoid, tanh, elu or gelu; by default tanh in an lstm, relu in inception, "
-        "sigmoid elsewhere",
+        "relu, sigmoid, tanh, elu or gelu; by default tanh in an lstm, relu in inception and "
+        "resnets, sigmoid elsewhere",
     )
     arms: tuple[str, ...] = flag(
         ("none", "bn"),

@@ -6,6 +6,7 @@ from bn_jax.models.inception import Inception
 from bn_jax.models.lstm import LSTM, LSTM_PLACES
 from bn_jax.models.mlp import MLP
 from bn_jax.models.norms import ACTIVATIONS, NORMS, PLACES, GroupNorm, Norm
+from bn_jax.models.resnet import ResNet, ResNet18, ResNet50
 
 # By the name of a flag.
 FAMILIES = {
@@ -15,6 +16,8 @@ FAMILIES = {
     "cifar_b": CifarB,
     "lstm": LSTM,
     "inception": Inception,
+    "resnet18": ResNet18,
+    "resnet50": ResNet50,
 }
 # Where the norm may go in families that have other places than `PLACES`.
 OWN_PLACES = {"lstm": LSTM_PLACES}
@@ -33,4 +36,7 @@ __all__ = [
     "GroupNorm",
     "Inception",
     "Norm",
+    "ResNet",
+    "ResNet18",
+    "ResNet50",
 ]
