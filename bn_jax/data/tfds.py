@@ -81,26 +81,28 @@ def read(source: Source, say: Callable[[str], None]) -> Arrays:
       UserError: the set is unknown, not prepared, prepared in another file format, damaged,
         not an image classification set, or of images that differ in shape.
     """
+    with reading(source):
+        return _read(source, say)
+
+
+@contextlib.contextmanager
+def reading(source: Source):
+    """What goes wrong inside becomes a UserError that says how to prepare the set again."""
     try:
         with _quiet():
-            return _read(source, say)
+            yield
     except UserError:
         raise
     # What reads the files has no errors of its own: RuntimeError, ParseError, Pillow's...
     except Exception as e:
         raise UserError(
-            f"dataset {source.name!r} cannot be read from {source.folder}: {_first_line(e)}; "
+            f"dataset {source.name!r} cannot be read from {source.folder}: {first_line(e)}; "
             f"if its files are damaged, delete that folder, then {source.preparation()}"
         ) from e
 
 
 def _read(source, say):
-    builder = _builder(source)
-    if not builder.info.splits:
-        raise UserError(
-            f"dataset {source.name!r} is not prepared in {source.data_dir}; preparing needs "
-            f"TensorFlow once: {source.preparation()}"
-        )
+    builder = prepared(source)
     classes = _check_features(source.name, builder.info.features)
     splits = _splits(source.name, builder.info)
     count = sum(builder.info.splits[s].num_examples for s in splits)
@@ -110,6 +112,38 @@ def _read(source, say):
         if labels.min() < 0 or labels.max() >= classes:
             raise ValueError(f"labels {labels.min()} to {labels.max()} of {classes} classes")
     return Arrays.create(*train, *test, classes)
+
+
+def prepared(source: Source):
+    """tensorflow-datasets' builder of a set that is prepared.
+
+    Raises:
+      UserError: the set is unknown or not prepared.
+    """
+    builder = _builder(source)
+    if not builder.info.splits:
+        raise UserError(
+            f"dataset {source.name!r} is not prepared in {source.data_dir}; preparing needs "
+            f"TensorFlow once: {source.preparation()}"
+        )
+    return builder
+
+
+def open_records(source: Source, builder, split: str, decoders=None):
+    """tensorflow-datasets' data source of a split.
+
+    Raises:
+      UserError: the set is prepared in a file format that only TensorFlow reads.
+    """
+    try:
+        return builder.as_data_source(split=split, decoders=decoders)
+    except NotImplementedError:
+        file_format = builder.info.file_format
+        raise UserError(
+            f"dataset {source.name!r} is prepared as {file_format and file_format.value} in "
+            f"{builder.data_path}, which only TensorFlow reads; delete that folder, then "
+            f"{source.preparation()}"
+        ) from None
 
 
 def _builder(source):
@@ -180,15 +214,7 @@ def _splits(name, info):
 
 def _decode(source, builder, split):
     features = builder.info.features
-    try:
-        records = builder.as_data_source(split=split)
-    except NotImplementedError:
-        file_format = builder.info.file_format
-        raise UserError(
-            f"dataset {source.name!r} is prepared as {file_format and file_format.value} in "
-            f"{builder.data_path}, which only TensorFlow reads; delete that folder, then "
-            f"{source.preparation()}"
-        ) from None
+    records = open_records(source, builder, split)
     images = np.empty((len(records), *features[INPUT].shape), features[INPUT].np_dtype)
     labels = np.empty(len(records), np.int32)
     for start in range(0, len(records), RECORDS):
@@ -198,7 +224,8 @@ def _decode(source, builder, split):
     return images, labels
 
 
-def _first_line(error):
+def first_line(error: Exception) -> str:
+    """Its type and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
