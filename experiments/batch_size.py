@@ -101,15 +101,11 @@ def run(config: Config) -> dict[str, Any]:
     """Trains, fills the workdir, prints the tables; the summary comes back."""
     from experiments.watchers import Weights
 
-    weights, statistics = Weights(), {c.name for c in cells(config) if has_statistics(c.norm)}
-
-    def watch(arm, evaluation):
-        if arm in statistics:
-            weights(arm, evaluation)
-
+    statistics = {c.name for c in cells(config) if has_statistics(c.norm)}
+    weights = Weights(lambda arm, seed: arm in statistics)
     return conduct(
         config, arms(config), experiment=EXPERIMENT, question=QUESTION, refusal=REFUSAL,
-        watch=watch, conclude=lambda training: conclude(training, weights.kept),
+        watch=weights, conclude=lambda training: conclude(training, weights.kept),
     )  # fmt: skip
 
 

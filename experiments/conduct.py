@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -68,7 +70,8 @@ def conduct(
       conclude: from what was trained to the rest of the summary, and figures.
       write: (records, summary, settings, folder, figures): leaves the page, prints the
         tables; by default those of the summary's `tables` and `published`.
-      watch: is given every arm's `bn_jax.measure.Evaluation`s while it trains.
+      watch: is given every arm's `bn_jax.measure.Evaluation`s while it trains. What it has
+        in `kept`, a dict by (arm, `Point`, seed), is part of checkpoints.
       refusal: arms whose layers refuse with a message that has these words are left out;
         by default that is an error.
     """
@@ -82,7 +85,11 @@ def conduct(
     command = workdir.command(config, experiment)
     config = in_steps(config, dataset)
     runs = _build(config, arms, dataset, refusal)
-    folder = workdir.create(config.workdir, experiment, config.overwrite)
+    resumed = config if config.resume else None
+    folder = workdir.create(config.workdir, experiment, config.overwrite, resumed)
+    if (folder / "summary.json").exists():
+        print(f"{folder} has this run, finished; --overwrite repeats it")
+        return json.loads((folder / "summary.json").read_text())
     devices = [f"{d.platform}: {d.device_kind}" for d in jax.devices()]
     settings = workdir.write_config(
         folder, config, experiment, devices, xla_flags=xla_flags, command=command
@@ -164,9 +171,15 @@ def train(
     folder: Path,
     watch: Callable[[str, Any], None],
 ) -> list[dict]:
-    """Trains every arm; each run's record is in the file as soon as the run has ended."""
+    """Trains every arm; each run's record is in the file as soon as the run has ended.
+
+    An earlier start of the same run is gone on with where its last checkpoint was.
+    """
     from bn_jax import measure, report
+    from bn_jax.training.checkpoint import Checkpoints
+    from bn_jax.training.signals import on_sigterm
     from experiments.progress import Progress
+    from experiments.survival import Survival
     from experiments.watchers import live, note
 
     grids = {name: grid(config, arm) for name, arm in arms.items()}
@@ -176,29 +189,35 @@ def train(
     }
     seeds = range(config.seed, config.seed + config.seeds)
     total = config.seeds * sum(len(grids[name]) * budgets[name].steps for name in arms)
-    records = []
-    with (
-        Progress(total) as progress,
-        live(folder if config.tensorboard else None) as write,
-        report.open_records(folder / "records.jsonl") as file,
-    ):
-        for name, points in grids.items():
-            progress.describe(f"{name}: {len(points) * config.seeds} runs")
+    checkpoints = Checkpoints(folder / "checkpoints")
+    with on_sigterm() as stop, contextlib.closing(checkpoints):
+        kept = getattr(watch, "kept", {})
+        survival = Survival(checkpoints, config.checkpoint_every, stop, kept)
+        records = survival.records
+        with (
+            Progress(total) as progress,
+            live(folder if config.tensorboard else None) as write,
+            report.rewrite_records(folder / "records.jsonl", records) as file,
+        ):
+            progress.advance(survival.steps)
+            for name, points in survival.rest(grids):
+                progress.describe(f"{name}: {len(points) * config.seeds} runs")
 
-            def see(evaluation, name=name):
-                write(name, evaluation)
-                watch(name, evaluation)
-                per_epoch = config.eval_every if config.epochs else None
-                progress.advance(evaluation.run_steps, note(evaluation, per_epoch))
+                def see(evaluation, name=name):
+                    write(name, evaluation)
+                    watch(name, evaluation)
+                    per_epoch = config.eval_every if config.epochs else None
+                    progress.advance(evaluation.run_steps, note(evaluation, per_epoch))
+                    survival.after(name, evaluation, records)
 
-            for finished in measure.sweep(
-                runs[name], dataset, points, seeds, budgets[name],
-                max_runs_at_once=config.max_runs_at_once, parallel=config.parallel,
-                on_evaluation=see,
-            ):  # fmt: skip
-                for record in finished:
-                    records.append({"arm": name, **record})
-                    report.append_record(file, records[-1])
+                for finished in measure.sweep(
+                    runs[name], dataset, points, seeds, budgets[name],
+                    max_runs_at_once=config.max_runs_at_once, parallel=config.parallel,
+                    on_evaluation=see, **survival.where(name),
+                ):  # fmt: skip
+                    for record in finished:
+                        records.append({"arm": name, **record})
+                        report.append_record(file, records[-1])
     return records
 
 

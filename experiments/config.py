@@ -18,6 +18,7 @@ RANGES = {
     "dropout": (0, 1), "label_smoothing": (0, 1), "decay_rate": (0, math.inf),
     "warmup_steps": (0, math.inf), "l2": (0, math.inf), "weight_decay": (0, math.inf),
     "clip": (0, math.inf), "bn_group_size": (0, math.inf),
+    "checkpoint_every": (0, math.inf),
 }  # fmt: skip
 
 
@@ -146,6 +147,10 @@ class Config:
         None, "folder for the results; by default runs/<experiment>/<time>"
     )
     overwrite: bool = flag(False, "delete the run that is in the workdir")
+    resume: bool = flag(True, "go on with the run in the workdir, if its flags are the same")
+    checkpoint_every: float = flag(
+        60.0, "seconds of training between checkpoints; 0: after every evaluation"
+    )
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -74,7 +74,7 @@ def run(config: Config) -> dict[str, Any]:
     """Compares, fills the workdir, prints the tables; the summary comes back."""
     from experiments.watchers import Weights
 
-    weights = Weights(lambda seed: seed == config.seed)
+    weights = Weights(lambda arm, seed: seed == config.seed)
     return compare.run(
         config, experiment=EXPERIMENT, question=QUESTION, known=arms(config), watch=weights,
         extra=lambda training: extra(training, weights.kept),

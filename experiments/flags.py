@@ -104,6 +104,11 @@ def main(config: type[C], run: Callable[[C], Any]) -> None:
             _stop(str(e))
         except OSError as e:
             _stop(f"{e.filename or 'a file'}: {e.strerror or e}; finished runs are kept")
+        except Stopped:
+            from bn_jax.training.signals import STOPPED
+
+            _say("stopped by SIGTERM; the same command with this workdir goes on")
+            sys.exit(STOPPED)
         except KeyboardInterrupt:
             _say("interrupted; records of finished runs are kept")
             # XLA's threads may be compiling: their destructors would crash.
@@ -113,6 +118,10 @@ def main(config: type[C], run: Callable[[C], Any]) -> None:
 
 
 _interrupted = threading.Event()
+
+
+class Stopped(Exception):  # noqa: N818
+    """SIGTERM came, and all that was done is saved: no fault."""
 
 
 def check_interrupted() -> None:

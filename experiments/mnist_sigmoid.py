@@ -78,7 +78,7 @@ def run(config: Config) -> dict[str, Any]:
     watch = Percentiles()
     return compare.run(
         config, experiment=EXPERIMENT, question=QUESTION, watch=watch,
-        extra=lambda training: extra(training, watch.paths),
+        extra=lambda training: extra(training, watch.kept),
     )  # fmt: skip
 
 

@@ -81,20 +81,20 @@ class Weights:
     """Keeps the variables that runs end with: the last, or those that early stopping restores.
 
     Args:
-      wanted: of which seeds.
+      wanted: of which arms and seeds.
 
     Attributes:
       kept: `params` and `batch_stats` by (arm, `Point`, seed).
     """
 
-    def __init__(self, wanted: Callable[[int], bool] = lambda seed: True):
+    def __init__(self, wanted: Callable[[str, int], bool] = lambda arm, seed: True):
         self.kept: dict[tuple, dict[str, Any]] = {}
         self._wanted = wanted
 
     def __call__(self, arm: str, evaluation: Any) -> None:
         """To be a `watch` of `experiments.compare.run`."""
         for place, point, seed in evaluation.chunk.wanted:
-            if self._wanted(seed) and evaluation.kept[place]:
+            if self._wanted(arm, seed) and evaluation.kept[place]:
                 train = evaluation.state(*place).train
                 variables = {"params": train.params, "batch_stats": train.batch_stats}
                 self.kept[arm, point, seed] = variables

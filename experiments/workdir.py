@@ -19,17 +19,26 @@ from typing import Any
 from bn_jax.errors import UserError
 from bn_jax.report import write_atomically
 
-OUTPUTS = ("config.json", "records.jsonl", "summary.json", "report.html", "figures")
+OUTPUTS = (
+    "config.json", "records.jsonl", "summary.json", "report.html", "figures", "checkpoints",
+)  # fmt: skip
+# Flags that say nothing of what is done.
+PLACE = ("workdir", "overwrite", "resume", "checkpoint_every", "coordinator", "process_id")
+# Those that may differ where a run goes on.
+FREE = (*PLACE, "cache_dir", "data_dir", "tensorboard", "summary")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "tensorflow-datasets", "scikit-learn")
 
 
-def create(path: str | None, experiment: str, overwrite: bool) -> Path:
-    """The folder, made and empty of any earlier run.
+def create(
+    path: str | None, experiment: str, overwrite: bool, resumed: Any | None = None
+) -> Path:
+    """The folder, made and empty of any earlier run, but for one to go on with.
 
     Args:
       path: by default `runs/<experiment>/<time>`.
       experiment: its name.
       overwrite: delete what an earlier run left there.
+      resumed: flags; a run with the same ones is left as it is.
 
     Raises:
       UserError: it holds another run and `overwrite` is False, or it is a file.
@@ -38,6 +47,9 @@ def create(path: str | None, experiment: str, overwrite: bool) -> Path:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"workdir {folder} is a file: name a folder")
     left = [folder / name for name in OUTPUTS if (folder / name).exists()]
+    if left and not overwrite and resumed is not None:
+        check_same(folder, resumed, experiment)
+        return folder
     if left and not overwrite:
         raise UserError(
             f"workdir {folder} holds another run: choose another, or --overwrite deletes it"
@@ -46,6 +58,32 @@ def create(path: str | None, experiment: str, overwrite: bool) -> Path:
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def check_same(folder: Path, config: Any, experiment: str) -> None:
+    """Compares the flags with those of the run that is in the folder.
+
+    Raises:
+      UserError: naming the first that differs.
+    """
+    try:
+        there = json.loads((folder / "config.json").read_text())
+        old = {"experiment": there["experiment"]} | there["flags"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(
+            f"workdir {folder} holds something else: choose another, or --overwrite deletes it"
+        ) from e
+    new = {"experiment": experiment} | json.loads(json.dumps(dataclasses.asdict(config)))
+    for name in new:
+        if name not in FREE and old.get(name) != new[name]:
+            raise UserError(
+                f"workdir {folder} holds another run, whose --{name} is {_text(old.get(name))} "
+                f"and not {_text(new[name])}: choose another, or --overwrite deletes it"
+            )
+
+
+def _text(value):
+    return ",".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _new(parent):
@@ -86,7 +124,7 @@ def command(config: Any, experiment: str) -> str:
 def _needed(config):
     """Without defaults, and without what the config makes of other flags, as of `quick`."""
     names = [f.name for f in dataclasses.fields(config)]
-    place = {n: getattr(config, n) for n in ("workdir", "overwrite") if n in names}
+    place = {n: getattr(config, n) for n in PLACE if n in names}
     given = {
         f.name: getattr(config, f.name)
         for f in dataclasses.fields(config)

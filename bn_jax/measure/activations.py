@@ -20,11 +20,11 @@ class Percentiles:
     With running statistics. Before the first step these are of no batch, and nothing is kept.
 
     Attributes:
-      paths: by (arm, `Point`, seed) a list over the evaluations of `[3, units]`.
+      kept: by (arm, `Point`, seed) a list over the evaluations of `[3, units]`.
     """
 
     def __init__(self):
-        self.paths: dict[tuple, list[np.ndarray]] = {}
+        self.kept: dict[tuple, list[np.ndarray]] = {}
         self._inputs: dict[str, Callable] = {}
 
     def __call__(self, arm: str, evaluation: Any) -> None:
@@ -39,7 +39,7 @@ class Percentiles:
             values = self._inputs[arm](train.params, train.batch_stats, images)
             # 2.4 ms for 1,000 images and 100 units; jax.numpy's, which sort, take 16.
             path = np.percentile(np.asarray(values), PERCENTILES, axis=0)
-            self.paths.setdefault((arm, point, seed), []).append(path)
+            self.kept.setdefault((arm, point, seed), []).append(path)
 
 
 def sample(dataset: Any) -> jax.Array:

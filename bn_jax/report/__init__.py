@@ -7,7 +7,13 @@ from bn_jax.report.figures import (
     save_all,
     steps_against_rate,
 )
-from bn_jax.report.files import append_record, open_records, read_records, write_atomically
+from bn_jax.report.files import (
+    append_record,
+    open_records,
+    read_records,
+    rewrite_records,
+    write_atomically,
+)
 from bn_jax.report.folder import write
 from bn_jax.report.page import html_page
 from bn_jax.report.sentences import speedup_lines
@@ -25,6 +31,7 @@ __all__ = [
     "print_summary",
     "published_rows",
     "read_records",
+    "rewrite_records",
     "save_all",
     "speedup_lines",
     "steps_against_rate",

@@ -41,6 +41,13 @@ def open_records(path: str | Path) -> FileIO:
     return open(path, "ab", buffering=0)
 
 
+def rewrite_records(path: str | Path, records: list[dict]) -> FileIO:
+    """`open_records`, of a file that now has these records and no others."""
+    lines = (json.dumps(record, allow_nan=False) + "\n" for record in records)
+    write_atomically(path, "".join(lines))
+    return open_records(path)
+
+
 def append_record(file: FileIO | str | Path, record: dict) -> None:
     """One more line of JSON at the end of `file`, written when this returns.
 

@@ -106,9 +106,9 @@ def test_percentiles_of_every_run_at_every_evaluation():
         seen = (run, dataset, chunk, step, 40, {}, state, step == 20, None, 0, None)
         watch("bn", Evaluation(*seen))
 
-    assert set(watch.paths) == {("bn", point, seed) for point in points for seed in seeds}
+    assert set(watch.kept) == {("bn", point, seed) for point in points for seed in seeds}
     images = np.asarray(dataset.test.inputs)
-    for (_, point, seed), paths in watch.paths.items():
+    for (_, point, seed), paths in watch.kept.items():
         train = state(points.index(point), seeds.index(seed)).train
         values = Written(vars(train), "bn", ("before",)).last_inputs(images, 1)
         expected = [np.quantile(values, p, axis=0) for p in (0.15, 0.5, 0.85)]

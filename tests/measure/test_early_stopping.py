@@ -70,7 +70,7 @@ def test_a_stopped_run_has_the_numbers_of_its_best_evaluation():
 
 
 def test_the_weights_that_are_kept_are_those_a_run_goes_back_to():
-    dataset, run, weights = digits(), build(), Weights(lambda seed: seed == 1)
+    dataset, run, weights = digits(), build(), Weights(lambda arm, seed: seed == 1)
     points, budget, steps = [Point(1e-9), Point(0.3), Point(3.0)], Budget(120, 10, 2), {}
 
     def watch(evaluation):
