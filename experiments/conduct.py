@@ -75,36 +75,38 @@ def conduct(
       refusal: arms whose layers refuse with a message that has these words are left out;
         by default that is an error.
     """
+    from bn_jax.training import distributed
     from bn_jax.training.xla import set_flags
 
     start = time.perf_counter()
     xla_flags = set_flags()
+    distributed.initialize(config.coordinator, config.num_processes, config.process_id)
     import jax
 
     dataset = load_data(config)
     command = workdir.command(config, experiment)
     config = in_steps(config, dataset)
     runs = _build(config, arms, dataset, refusal)
-    resumed = config if config.resume else None
-    folder = workdir.create(config.workdir, experiment, config.overwrite, resumed)
-    if (folder / "summary.json").exists():
-        print(f"{folder} has this run, finished; --overwrite repeats it")
-        return json.loads((folder / "summary.json").read_text())
-    devices = [f"{d.platform}: {d.device_kind}" for d in jax.devices()]
-    settings = workdir.write_config(
-        folder, config, experiment, devices, xla_flags=xla_flags, command=command
-    )
-    if config.summary:
-        print_layers(runs, dataset)
-    records = train(config, dataset, runs, {name: arms[name] for name in runs}, folder, watch)
-    about = {"experiment": experiment, "question": question}
-    about |= {"dataset": config.dataset, "model": config.model}
-    found = conclude(Training(config, dataset, runs, records, about))
-    settings["seconds"] = seconds(records, time.perf_counter() - start)
-    summary = about | found.summary | {"seconds": settings["seconds"]}
-    (write or write_tables)(records, summary, settings, folder, found.figures)
-    print(folder / "report.html")
-    return summary
+    with workdir.entered(config, experiment) as (folder, shared):
+        if (shared / "summary.json").exists():
+            print(f"{shared} has this run, finished; --overwrite repeats it")
+            return json.loads((shared / "summary.json").read_text())
+        devices = [f"{d.platform}: {d.device_kind}" for d in jax.devices()]
+        settings = workdir.write_config(
+            folder, config, experiment, devices, xla_flags=xla_flags, command=command
+        )
+        if config.summary:
+            print_layers(runs, dataset)
+        known = {name: arms[name] for name in runs}
+        records = train(config, dataset, runs, known, folder, shared, watch)
+        about = {"experiment": experiment, "question": question}
+        about |= {"dataset": config.dataset, "model": config.model}
+        found = conclude(Training(config, dataset, runs, records, about))
+        settings["seconds"] = seconds(records, time.perf_counter() - start)
+        summary = about | found.summary | {"seconds": settings["seconds"]}
+        (write or write_tables)(records, summary, settings, folder, found.figures)
+        print(folder / "report.html")
+        return summary
 
 
 def write_tables(_: Any, summary: dict, settings: dict, folder: Path, figures: Any) -> None:
@@ -169,6 +171,7 @@ def train(
     runs: Mapping[str, Any],
     arms: Mapping[str, Arm],
     folder: Path,
+    shared: Path,
     watch: Callable[[str, Any], None],
 ) -> list[dict]:
     """Trains every arm; each run's record is in the file as soon as the run has ended.
@@ -189,7 +192,7 @@ def train(
     }
     seeds = range(config.seed, config.seed + config.seeds)
     total = config.seeds * sum(len(grids[name]) * budgets[name].steps for name in arms)
-    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints = Checkpoints(shared / "checkpoints")
     with on_sigterm() as stop, contextlib.closing(checkpoints):
         kept = getattr(watch, "kept", {})
         survival = Survival(checkpoints, config.checkpoint_every, stop, kept)

@@ -133,6 +133,11 @@ class Config:
         "(a part of every batch), single (only one works); auto: grid where there is a run "
         "for every device, else pmap",
     )
+    coordinator: str | None = flag(
+        None, "host:port of process 0, where several processes are one run: see docs/scaling.md"
+    )
+    num_processes: int | None = flag(None, "how many processes there are")
+    process_id: int | None = flag(None, "which of them this is, from 0")
     max_runs_at_once: int | None = flag(
         None, "runs trained together on a device; by default as many as fit in 2 GiB"
     )

@@ -100,6 +100,7 @@ def main(config: type[C], run: Callable[[C], Any]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
         try:
             run(config(**{name: flags.FLAGS[name].value for name in names}))
+            _leave_others(0)
         except UserError as e:
             _stop(str(e))
         except OSError as e:
@@ -108,6 +109,7 @@ def main(config: type[C], run: Callable[[C], Any]) -> None:
             from bn_jax.training.signals import STOPPED
 
             _say("stopped by SIGTERM; the same command with this workdir goes on")
+            _leave_others(STOPPED)
             sys.exit(STOPPED)
         except KeyboardInterrupt:
             _say("interrupted; records of finished runs are kept")
@@ -140,7 +142,14 @@ def _interrupt(*_):
 
 def _stop(message):
     _say(message)
+    _leave_others(USAGE)
     sys.exit(USAGE)
+
+
+def _leave_others(status):
+    """Where several processes are one run, this one has finished, or it has failed."""
+    if distributed := sys.modules.get("bn_jax.training.distributed"):
+        distributed.shutdown(status)
 
 
 def _say(message):

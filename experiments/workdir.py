@@ -7,12 +7,14 @@ import dataclasses
 import importlib.metadata
 import itertools
 import json
+import os
 import platform
 import shlex
 import shutil
 import subprocess
+import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ OUTPUTS = (
     "config.json", "records.jsonl", "summary.json", "report.html", "figures", "checkpoints",
 )  # fmt: skip
 # Flags that say nothing of what is done.
-PLACE = ("workdir", "overwrite", "resume", "checkpoint_every", "coordinator", "process_id")
+PLACE = ("workdir", "overwrite", "resume", "checkpoint_every", "coordinator",
+         "num_processes", "process_id")  # fmt: skip
 # Those that may differ where a run goes on.
 FREE = (*PLACE, "cache_dir", "data_dir", "tensorboard", "summary")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "tensorflow-datasets", "scikit-learn")
@@ -71,7 +74,7 @@ def check_same(folder: Path, config: Any, experiment: str) -> None:
         old = {"experiment": there["experiment"]} | there["flags"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(
-            f"workdir {folder} holds something else: choose another, or --overwrite deletes it"
+            f"workdir {folder} holds another run: choose another, or --overwrite deletes it"
         ) from e
     new = {"experiment": experiment} | json.loads(json.dumps(dataclasses.asdict(config)))
     for name in new:
@@ -91,6 +94,41 @@ def _new(parent):
     now = time.strftime("%Y%m%d-%H%M%S")
     names = itertools.chain([now], (f"{now}-{i}" for i in itertools.count(2)))
     return next(parent / name for name in names if not (parent / name).exists())
+
+
+@contextlib.contextmanager
+def entered(config: Any, experiment: str) -> Iterator[tuple[Path, Path]]:
+    """The folder that this process fills, and that of the run, which all processes see.
+
+    They are the same in process 0. What the others write, but for checkpoints, goes to a
+    folder that is deleted, and what they print nowhere.
+
+    Raises:
+      UserError: as `create`; or there are several processes, and no workdir is named.
+    """
+    import jax
+
+    from bn_jax.training import distributed
+
+    if jax.process_count() > 1 and not config.workdir:
+        raise UserError("--workdir: several processes need one that all of them see")
+    resumed = config if config.resume else None
+    if distributed.is_main():
+        shared = create(config.workdir, experiment, config.overwrite, resumed)
+    else:
+        shared = Path(config.workdir).expanduser()
+    if jax.process_count() == 1:
+        yield shared, shared
+        return
+    distributed.barrier("workdir")
+    with contextlib.ExitStack() as stack:
+        folder = shared
+        if not distributed.is_main():
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        yield folder, shared
 
 
 def write_config(

@@ -37,7 +37,7 @@ def one_device_unless_told():
     from bn_jax.measure import layouts
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layouts, "automatic", lambda runs, devices: "single")
+        patch.setattr(layouts, "automatic", lambda *sizes: "single")
         yield
 
 

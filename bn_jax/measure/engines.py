@@ -25,6 +25,7 @@ from jax import lax
 from bn_jax.measure.grid import Budget, Chunk
 from bn_jax.measure.layouts import Single
 from bn_jax.measure.programs import convolves
+from bn_jax.training.distributed import everyone
 from bn_jax.training.run import NO_SUMS, Run, RunState, data_key
 
 # Threefry unrolled for every kernel: 5.0 s of optimisation for a program that takes 10 ms.
@@ -90,7 +91,7 @@ class Together:
     def evaluate(self, state: Any, chunk: Chunk) -> dict[str, np.ndarray]:
         """Losses, accuracies and `diverged_at`, `[points, seeds]` each."""
         report = self._evaluate(state, *_put(self._layout, chunk), self._dataset)
-        return jax.tree.map(np.asarray, report)
+        return everyone(report)
 
     def pick(self, state: Any, i: int, j: int) -> RunState:
         """A copy of the state of the run of point i and seed j."""
@@ -168,7 +169,7 @@ class InTurn:
                 parts.append(self._count[name](state, *inputs, split, rows))
                 self._layout.wait(parts)
             sums.append(jax.tree.map(lambda *v: sum(v), *parts))
-        return jax.tree.map(np.asarray, _report(state, *sums, self._dataset, self._budget))
+        return everyone(_report(state, *sums, self._dataset, self._budget))
 
     def pick(self, state: Any, i: int, j: int) -> RunState:
         """A copy of the state of the run of point i and seed j."""

@@ -21,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bn_jax.errors import UserError
-from bn_jax.training.parallel import MODES, batch_mesh, divide, over_devices, replicate
+from bn_jax.training.parallel import MODES, batch_mesh, divide, over_devices, put, replicate
 
 # Past the end of every split.
 NONE = jnp.iinfo(jnp.int32).max
@@ -80,7 +80,7 @@ class Grid(Single):
         return jax.jit(g, in_shardings=shardings, donate_argnums=tuple(donate))
 
     def put(self, tree, kind):
-        return jax.device_put(tree, NamedSharding(self._mesh, SPECS[kind]))
+        return put(tree, NamedSharding(self._mesh, SPECS[kind]))
 
     def own(self, state, i, j):
         everywhere = NamedSharding(self._mesh, P())
@@ -118,23 +118,30 @@ class Batch(Single):
         return jax.tree.map(lambda v: jnp.copy(v.addressable_data(0)[i, j]), state)
 
 
-def automatic(runs: int, devices: int) -> str:
+def automatic(runs: int, devices: int, processes: int = 1) -> str:
     """The grid if there is a run for every device, else all devices for each run."""
     if devices == 1:
         return "single"
-    return "grid" if runs >= devices else "pmap"
+    if runs >= devices:
+        return "grid"
+    return "pmap" if processes == 1 else "shard_map"
 
 
 def layout(parallel: str, points: int, seeds: int) -> Single:
     """That of a flag `--parallel`, for a grid of points x seeds.
 
     Raises:
-      UserError: the flag is unknown.
+      UserError: the flag is unknown, or pmap or single in several processes.
     """
     if parallel not in PARALLEL:
         raise UserError(f"--parallel={parallel}: choose from {', '.join(PARALLEL)}")
     if parallel == "auto":
-        parallel = automatic(points * seeds, jax.device_count())
+        parallel = automatic(points * seeds, jax.device_count(), jax.process_count())
+    if jax.process_count() > 1 and parallel in ("pmap", "single"):
+        # pmap takes the arrays of one process, and keys of a run are no such arrays.
+        raise UserError(
+            f"--parallel={parallel} is for one process: choose shard_map, jit or grid"
+        )
     if parallel == "single":
         return Single()
     return Grid(points, seeds) if parallel == "grid" else Batch(parallel)

@@ -30,3 +30,13 @@ def correct(outputs: jax.Array, labels: jax.Array) -> jax.Array:
     if outputs.shape[-1] == 1:
         return (outputs[:, 0] > 0) == (labels > 0)
     return jnp.argmax(outputs, -1) == labels
+
+
+def in_top(outputs: jax.Array, labels: jax.Array, k: int) -> jax.Array:
+    """Whether the label is among the k most probable classes, bool `[n]`.
+
+    Outputs are logits `[n, classes]`; of equal ones the lower class is the more probable, as
+    in `correct`.
+    """
+    classes = jax.lax.top_k(outputs, min(k, outputs.shape[-1]))[1]
+    return (classes == labels[:, None]).any(-1)

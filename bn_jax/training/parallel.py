@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -67,15 +69,33 @@ def _each(f, divided, change):
     return g
 
 
+def put(tree: Any, sharding: NamedSharding) -> Any:
+    """Arrays that every process has whole, as the sharding lays them out over all."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(functools.partial(_put, sharding), tree)
+
+
+def _put(sharding, v):
+    v = v if isinstance(v, np.ndarray) else jnp.asarray(v)
+    if isinstance(v, jax.Array) and v.sharding.is_equivalent_to(sharding, v.ndim):
+        return v
+    if jnp.issubdtype(v.dtype, jax.dtypes.prng_key):
+        data = _put(sharding, jax.random.key_data(v))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(v))
+    whole = np.asarray(v)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda part: whole[part])
+
+
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """The arrays on every device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, P()))
+    return put(tree, NamedSharding(mesh, P()))
 
 
 def divide(tree: Any, mesh: Mesh) -> Any:
     """Arrays `[n, ...]` as `[devices, n / devices, ...]`, a row on each device."""
     parts = jax.tree.map(lambda v: v.reshape(mesh.size, -1, *v.shape[1:]), tree)
-    return jax.device_put(parts, NamedSharding(mesh, P(AXIS)))
+    return put(parts, NamedSharding(mesh, P(AXIS)))
 
 
 def varying(tree: Any, axis_name: str | None) -> Any:

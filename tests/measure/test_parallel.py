@@ -115,6 +115,7 @@ def test_what_is_chosen():
     assert automatic(100, 1) == "single"
     assert automatic(8, 8) == "grid"
     assert automatic(7, 8) == "pmap"
+    assert automatic(7, 8, processes=2) == "shard_map"
     with pytest.raises(
         UserError, match="--parallel=pmpa: choose from auto, single, grid, pmap"
     ):

@@ -1,0 +1,149 @@
+"""Runs that are killed, and go on: the same records and weights to the bit."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+from programs import PROGRESS, TINY
+
+from bn_jax.report import read_records
+
+KILLS = 20
+FLAGS = ("--arms=none,bn", *TINY, "--checkpoint_every=0", "--patience=2")
+# What is left are the last weights of all runs, as a watcher had kept them.
+PROGRAM = """
+import jax, numpy as np
+from experiments import compare, flags
+from experiments.watchers import Weights
+from pathlib import Path
+
+def run(config):
+    weights = Weights()
+    def extra(training):
+        arrays = {str((*k, i)): np.asarray(v) for k, tree in weights.kept.items()
+                  for i, v in enumerate(jax.tree.leaves(tree))}
+        np.savez(Path(config.workdir) / "weights.npz", **arrays)
+        return compare.Extra()
+    return compare.run(config, watch=weights, extra=extra)
+
+flags.main(compare.Config, run)
+"""
+
+
+def records(folder):
+    found = read_records(folder / "records.jsonl")
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in found]
+
+
+@pytest.fixture(scope="module")
+def whole(server, tmp_path_factory):
+    """A run that nobody disturbs, and how long it takes once it is compiled."""
+    for folder in (tmp_path_factory.mktemp(name) for name in ("compiled", "whole")):
+        start = time.monotonic()
+        assert server.run(*FLAGS, f"--workdir={folder}", code=PROGRAM).code == 0
+    return folder, time.monotonic() - start
+
+
+def assert_same(folder, expected):
+    assert records(folder) == records(expected)
+    weights, others = (np.load(f / "weights.npz") for f in (folder, expected))
+    assert len(weights.files) >= 8 * 4
+    for name in others.files:
+        np.testing.assert_array_equal(weights[name], others[name], err_msg=name)
+
+
+def test_killed_at_random_moments(whole, server, tmp_path):
+    """As often as it takes: a run that ends before it is killed makes room for another."""
+    expected, seconds = whole
+    rng, number, inside = random.Random(0), 0, 0
+    for kill in range(KILLS):
+        folder = tmp_path / str(number)
+        pid = server.start(*FLAGS, f"--workdir={folder}", code=PROGRAM)
+        time.sleep(rng.uniform(0.2, 0.7) * seconds)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        done = server.wait()
+        assert done.code in (0, -signal.SIGKILL), done
+        inside += any(folder.glob("checkpoints/*tmp*"))
+        if done.code == 0 or kill == KILLS - 1:
+            assert server.run(*FLAGS, f"--workdir={folder}", code=PROGRAM).code == 0
+            assert_same(folder, expected)
+            number += 1
+    print(f"{KILLS} kills, {inside} inside a save, {number} runs")
+
+
+def test_sigterm_saves(whole, server, tmp_path):
+    folder, flags = tmp_path / "w", [f for f in FLAGS if "checkpoint_every" not in f]
+    pid = server.start(*flags, f"--workdir={folder}", code=PROGRAM)
+    while not (folder / "records.jsonl").exists() or not records(folder):
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGTERM)
+    done = server.wait()
+    assert done.code == 75
+    assert "stopped by SIGTERM; the same command with this workdir goes on" in done.err
+    begun = len(records(folder))
+    assert 0 < begun < 8
+    done = server.run(*flags, f"--workdir={folder}", code=PROGRAM)
+    assert done.code == 0
+    assert_same(folder, whole[0])
+
+
+def test_a_finished_run_is_left_as_it_is(whole, server):
+    folder, _ = whole
+    before = (folder / "records.jsonl").stat().st_mtime_ns
+    done = server.run(*FLAGS, f"--workdir={folder}", code=PROGRAM)
+    assert done.code == 0
+    assert f"{folder} has this run, finished; --overwrite repeats it" in done.out
+    assert (folder / "records.jsonl").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--batch_size=30",), "holds another run, whose --batch_size is 60 and not 30"),
+        (("--arms=bn,none",), "holds another run, whose --arms is none,bn and not bn,none"),
+        (("--noresume",), "holds another run: choose another, or --overwrite deletes it"),
+    ],
+)
+def test_a_run_with_other_flags_is_refused(whole, server, flags, message):
+    folder, _ = whole
+    rest = [f for f in FLAGS if f.partition("=")[0] != flags[0].partition("=")[0]]
+    assert message in server.run(*rest, *flags, f"--workdir={folder}", code=PROGRAM).error()
+
+
+def test_a_damaged_checkpoint_is_said(whole, server, tmp_path):
+    """The one before is gone on with; with none whole the run says so."""
+    folder = tmp_path / "w"
+    pid = server.start(*FLAGS, f"--workdir={folder}", code=PROGRAM)
+    while len([p for p in folder.glob("checkpoints/*") if p.name.isdecimal()]) < 2:
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGKILL)
+    server.wait()
+    steps = sorted(int(p.name) for p in folder.glob("checkpoints/*") if p.name.isdecimal())
+    newest = folder / "checkpoints" / str(steps[-1])
+    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    done = server.run(*FLAGS, f"--workdir={folder}", code=PROGRAM)
+    assert done.code == 0
+    said = [line for line in done.err.splitlines() if not PROGRESS.fullmatch(line)]
+    assert any(f"checkpoint of step {steps[-1]} is damaged" in line for line in said)
+    assert_same(folder, whole[0])
+
+
+def test_records_of_no_checkpoint_are_made_again(whole, server, tmp_path):
+    """As after a kill within the first minute."""
+    folder, flags = tmp_path / "w", [f for f in FLAGS if "checkpoint_every" not in f]
+    pid = server.start(*flags, f"--workdir={folder}", code=PROGRAM)
+    while not (folder / "records.jsonl").exists() or not records(folder):
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGKILL)
+    server.wait()
+    with open(folder / "records.jsonl", "a") as file:
+        file.write(json.dumps({"cut": 1})[:5])
+    assert server.run(*flags, f"--workdir={folder}", code=PROGRAM).code == 0
+    assert_same(folder, whole[0])
