@@ -21,9 +21,10 @@ AXIS = "batch"
 MODES = ("pmap", "jit", "shard_map")
 
 
-def batch_mesh() -> Mesh:
-    """All devices, of all processes, along one axis."""
-    return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+def batch_mesh(devices: int | None = None) -> Mesh:
+    """So many devices along one axis; by default all, of all processes."""
+    some = jax.devices()[:devices]
+    return jax.make_mesh((len(some),), (AXIS,), axis_types=(AxisType.Auto,), devices=some)
 
 
 def over_devices(
