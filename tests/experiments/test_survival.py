@@ -1,43 +1,15 @@
 """Runs that are killed, and go on: the same records and weights to the bit."""
 
-import contextlib
 import json
 import os
-import random
 import signal
 import time
 
-import numpy as np
 import pytest
-from programs import PROGRESS, TINY
-
-from bn_jax.report import read_records
+from killing import FLAGS, PROGRAM, assert_same, kill, records
+from programs import PROGRESS
 
 KILLS = 20
-FLAGS = ("--arms=none,bn", *TINY, "--checkpoint_every=0", "--patience=2")
-# What is left are the last weights of all runs, as a watcher had kept them.
-PROGRAM = """
-import jax, numpy as np
-from experiments import compare, flags
-from experiments.watchers import Weights
-from pathlib import Path
-
-def run(config):
-    weights = Weights()
-    def extra(training):
-        arrays = {str((*k, i)): np.asarray(v) for k, tree in weights.kept.items()
-                  for i, v in enumerate(jax.tree.leaves(tree))}
-        np.savez(Path(config.workdir) / "weights.npz", **arrays)
-        return compare.Extra()
-    return compare.run(config, watch=weights, extra=extra)
-
-flags.main(compare.Config, run)
-"""
-
-
-def records(folder):
-    found = read_records(folder / "records.jsonl")
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in found]
 
 
 @pytest.fixture(scope="module")
@@ -49,32 +21,10 @@ def whole(server, tmp_path_factory):
     return folder, time.monotonic() - start
 
 
-def assert_same(folder, expected):
-    assert records(folder) == records(expected)
-    weights, others = (np.load(f / "weights.npz") for f in (folder, expected))
-    assert len(weights.files) >= 8 * 4
-    for name in others.files:
-        np.testing.assert_array_equal(weights[name], others[name], err_msg=name)
-
-
 def test_killed_at_random_moments(whole, server, tmp_path):
-    """As often as it takes: a run that ends before it is killed makes room for another."""
+    """Some of them inside a save. tests/stress/kill.py kills more often."""
     expected, seconds = whole
-    rng, number, inside = random.Random(0), 0, 0
-    for kill in range(KILLS):
-        folder = tmp_path / str(number)
-        pid = server.start(*FLAGS, f"--workdir={folder}", code=PROGRAM)
-        time.sleep(rng.uniform(0.2, 0.7) * seconds)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        done = server.wait()
-        assert done.code in (0, -signal.SIGKILL), done
-        inside += any(folder.glob("checkpoints/*tmp*"))
-        if done.code == 0 or kill == KILLS - 1:
-            assert server.run(*FLAGS, f"--workdir={folder}", code=PROGRAM).code == 0
-            assert_same(folder, expected)
-            number += 1
-    print(f"{KILLS} kills, {inside} inside a save, {number} runs")
+    print(kill(server, tmp_path, KILLS, expected, seconds))
 
 
 def test_sigterm_saves(whole, server, tmp_path):
