@@ -76,13 +76,16 @@ def conduct(
         by default that is an error.
     """
     from bn_jax.training import distributed
-    from bn_jax.training.xla import set_flags
+    from bn_jax.training.xla import keep_compiled, set_flags
 
     start = time.perf_counter()
     xla_flags = set_flags()
     distributed.initialize(config.coordinator, config.num_processes, config.process_id)
     import jax
 
+    from bn_jax.data.cache import default_cache_dir
+
+    keep_compiled(Path(config.cache_dir or default_cache_dir()).expanduser() / "compiled")
     dataset = load_data(config)
     command = workdir.command(config, experiment)
     config = in_steps(config, dataset)

@@ -147,7 +147,9 @@ class Config:
     data_dir: str | None = flag(
         None, "of tensorflow-datasets; else TFDS_DATA_DIR, else ~/tensorflow_datasets"
     )
-    cache_dir: str | None = flag(None, "for decoded datasets; by default ~/.cache/bn_jax")
+    cache_dir: str | None = flag(
+        None, "for decoded datasets and compiled programs; by default ~/.cache/bn_jax"
+    )
     workdir: str | None = flag(
         None, "folder for the results; by default runs/<experiment>/<time>"
     )

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
     """For programs: on the CPU as one device, with a cache of what JAX compiles."""
-    without = {"XLA_FLAGS", "TFDS_DATA_DIR"}
+    without = {"XLA_FLAGS", "TFDS_DATA_DIR", "JAX_ENABLE_COMPILATION_CACHE"}
     return {k: v for k, v in os.environ.items() if k not in without} | {
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",

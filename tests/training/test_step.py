@@ -281,3 +281,14 @@ def test_a_users_own_choice_stays(set_flags, value):
 def test_setting_it_twice_is_setting_it_once(set_flags):
     once = set_flags(None, "0.10.2")
     assert set_flags(once, "0.10.2") == once
+
+
+def test_programs_are_kept_unless_the_user_has_chosen(tmp_path, monkeypatch):
+    changed = {}
+    monkeypatch.setattr(jax.config, "update", changed.__setitem__)
+    xla.keep_compiled(tmp_path / "compiled")
+    assert changed["jax_compilation_cache_dir"] == str(tmp_path / "compiled")
+    changed.clear()
+    (tmp_path / "file").touch()
+    xla.keep_compiled(tmp_path / "file" / "compiled")  # cannot be made
+    assert not changed
