@@ -108,10 +108,25 @@ def _read(source, say):
     count = sum(builder.info.splits[s].num_examples for s in splits)
     say(f"decoding the {count:,} images of {source.name}; the next start finds them cached")
     train, test = (_decode(source, builder, s) for s in splits)
-    for _, labels in (train, test):
-        if labels.min() < 0 or labels.max() >= classes:
-            raise ValueError(f"labels {labels.min()} to {labels.max()} of {classes} classes")
+    for split, (images, labels) in zip(splits, (train, test), strict=True):
+        _check_values(split, images, labels, classes)
     return Arrays.create(*train, *test, classes)
+
+
+def _check_values(split, images, labels, classes):
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    if wrong.size:
+        raise ValueError(
+            f"{split} has {wrong.size} labels that are none of the {classes} classes, the "
+            f"first is {labels[wrong[0]]} of example {wrong[0]}"
+        )
+    if np.issubdtype(images.dtype, np.floating):
+        finite = np.isfinite(images).all(tuple(range(1, images.ndim)))
+        if not finite.all():
+            raise ValueError(
+                f"{split} has {(~finite).sum()} images with pixels that are not finite, the "
+                f"first is example {np.argmin(finite)}"
+            )
 
 
 def prepared(source: Source):

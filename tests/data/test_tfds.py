@@ -287,10 +287,33 @@ def test_images_of_another_shape_than_stated(prepare, refusal):
     assert "tiny" in refusal("tiny")
 
 
-@pytest.mark.parametrize("labels", [[-1] * 4, [0, 1, 2, 3]])
-def test_labels_that_are_no_class(prepare, refusal, labels):
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([-1] * 4, "4 labels that are none of the 3 classes, the first is -1 of example 0"),
+        ([0, 1, 2, 3], "1 labels that are none of the 3 classes, the first is 3 of example 3"),
+    ],
+)
+def test_labels_that_are_no_class(prepare, refusal, labels, message):
     prepare(splits={"train": (TRAIN, TRAIN_LABELS), "test": (TEST, labels)})
-    assert "tiny" in refusal("tiny")
+    assert message in refusal("tiny")
+
+
+def test_pixels_that_are_not_finite(prepare, refusal, monkeypatch):
+    """Sets of floating-point images may have some."""
+    prepare()
+    decode = tfds._decode
+
+    def damaged(source, builder, split):
+        images, labels = decode(source, builder, split)
+        images = images.astype(np.float32)
+        images[1, 2, 3, 0] = np.nan
+        images[3, 0, 0, 1] = np.inf
+        return images, labels
+
+    monkeypatch.setattr(tfds, "_decode", damaged)
+    message = "train has 2 images with pixels that are not finite, the first is example 1"
+    assert message in refusal("tiny")
 
 
 def test_where_sets_are_looked_for(monkeypatch, tmp_path):

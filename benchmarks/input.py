@@ -1,0 +1,124 @@
+"""How fast data comes: from disk to the device, changed on the device, decoded from JPEG.
+
+- The second start of a set that is cached: `bn_jax.data.load` until its arrays are on the
+  device.
+- Augmentation beside the step of the network that it is for: CIFAR-10's network A.
+- ImageNet's pipeline on JPEG files made here, 500 x 400 of 1/f noise, per core: decoding
+  alone, with the centre crop, with the random one.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from absl import app, flags
+from PIL import Image
+
+from benchmarks.timing import interleave
+from bn_jax.data import Split, augmentation, images, load
+from bn_jax.errors import UserError
+from bn_jax.linen import BatchNorm
+from bn_jax.models import CifarA
+from bn_jax.training.run import Run, Swept
+from bn_jax.training.xla import set_flags
+
+DATASETS = flags.DEFINE_list("datasets", ["digits", "mnist", "cifar10"], "sets to load")
+BATCH = flags.DEFINE_integer("batch", 256, "examples in a training step")
+IMAGES = flags.DEFINE_integer("images", 40, "JPEG files to decode")
+ROUNDS = flags.DEFINE_integer("rounds", 7, "how often each is timed")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "of tensorflow-datasets")
+FEATURES = (32, 64, 128, 512, 128)
+
+
+def loading(name: str, rounds: int) -> float | None:
+    """Seconds of a start that finds the set cached; None if the set is not there."""
+
+    def start():
+        dataset = load(name, data_dir=DATA_DIR.value)
+        return jax.block_until_ready([dataset.train, dataset.validation, dataset.test])
+
+    try:
+        start()
+    except UserError as e:
+        print(f"{name}: {e}")
+        return None
+    return statistics.median(interleave({"load": start}, rounds)["load"])
+
+
+def augmented(batch: int, rounds: int) -> dict[str, float]:
+    """Seconds of a step of network A, and of each augmentation of its batch."""
+    rng = np.random.default_rng(0)
+    pixels = rng.normal(size=(batch, 32, 32, 3)).astype(np.float32)
+    split = Split(*jax.device_put((pixels, rng.integers(0, 10, batch).astype(np.int32))))
+    model = CifarA(FEATURES, norm=BatchNorm, dropout=0)
+    run = Run(lambda swept: model, optax.sgd, lambda x: x, batches=None)
+    swept, key = Swept(*np.float32([0.01, 1, 0.9])), jax.random.key(0)
+    state = jax.jit(run.init)(key, swept, split.inputs)
+    programs: dict[str, Callable[[], Any]] = {
+        "step": functools.partial(jax.jit(run.step), state, swept, split, np.arange(batch))
+    }
+    for names in (("shift", "flip"), ("shift", "flip", "distort")):
+        change = jax.jit(augmentation(names))
+        programs[", ".join(names)] = functools.partial(change, key, split.inputs)
+    return {k: statistics.median(v) for k, v in interleave(programs, rounds).items()}
+
+
+def decoding(count: int, rounds: int) -> dict[str, float]:
+    """Images per second of one core."""
+    files = [jpeg(seed) for seed in range(count)]
+    rng = np.random.default_rng(0)
+    ways = {
+        "decoding alone": lambda f: np.asarray(Image.open(io.BytesIO(f)).convert("RGB")),
+        "and the centre, 224 x 224": lambda f: images.for_evaluation(f, 224),
+        "and a random part, 224 x 224": lambda f: images.for_training(f, 224, rng),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            start = time.process_time()
+            for file in files:
+                way(file)
+            seconds[name].append(time.process_time() - start)
+    return {name: count / statistics.median(s) for name, s in seconds.items()}
+
+
+def jpeg(seed: int, height: int = 400, width: int = 500) -> bytes:
+    """An image whose spectrum falls as that of photographs does, as a JPEG file."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
+    frequency = np.maximum(np.hypot(rows, columns), 1 / width)[..., None]
+    noise = np.fft.rfft2(rng.normal(size=(height, width, 3)), axes=(0, 1)) / frequency
+    pixels = np.fft.irfft2(noise, s=(height, width), axes=(0, 1))
+    pixels = 128 + 50 * pixels / pixels.std()
+    file = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "jpeg", quality=95)
+    return file.getvalue()
+
+
+def main(_: Any) -> None:
+    """Prints three tables, in Markdown."""
+    set_flags()
+    print("| second start | seconds until its arrays are on the device |\n| :-- | --: |")
+    for name in DATASETS.value:
+        seconds = loading(name, ROUNDS.value)
+        if seconds is not None:
+            print(f"| {name} | {seconds:.3f} |")
+    found = augmented(BATCH.value, ROUNDS.value)
+    print(f"\n| batch of {BATCH.value} | ms | share of the step |\n| :-- | --: | --: |")
+    for name, seconds in found.items():
+        print(f"| {name} | {1e3 * seconds:.1f} | {seconds / found['step']:.1%} |")
+    print("\n| JPEG files of 500 x 400 | images/s of a core |\n| :-- | --: |")
+    for name, speed in decoding(IMAGES.value, ROUNDS.value).items():
+        print(f"| {name} | {speed:,.0f} |")
+
+
+if __name__ == "__main__":
+    app.run(main)
