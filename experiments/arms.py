@@ -109,7 +109,7 @@ def build_run(config: Config, arm: Arm, dataset: Any) -> Any:
     _check_names(config)
     family = _family(config, arm)
 
-    norm = _grouped(config, arm)
+    norm = grouped(config, arm)
 
     def model(swept, axis_name=None):
         own = norm
@@ -145,8 +145,8 @@ def build_run(config: Config, arm: Arm, dataset: Any) -> Any:
     return run
 
 
-def _grouped(config, arm):
-    """The norm, with statistics of groups where that is asked for and it is a BatchNorm."""
+def grouped(config, arm):
+    """The arm's norm, with statistics of groups where flags say so and it is a BatchNorm."""
     from bn_jax.linen import BatchNorm, GhostBatchNorm
     from bn_jax.measure.layouts import layout
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,9 +18,9 @@ from jax.experimental.multihost_utils import process_allgather
 from bn_jax.data.imagenet import Records, batches, to_device
 from bn_jax.errors import UserError
 from bn_jax.training.distributed import everyone
-from bn_jax.training.state import TrainState
 from experiments.flags import Stopped
-from experiments.streaming import Counts, Programs, State, Sums
+from experiments.position import Position, evaluations, from_tree, to_tree
+from experiments.streaming import Counts, Programs, Sums
 
 # Steps that are queued on the device while the next batch is read; each holds its images.
 AHEAD = 2
@@ -30,32 +31,6 @@ class Sets(NamedTuple):
 
     train: Records
     test: Records
-
-
-@dataclasses.dataclass
-class Position:
-    """Where a training is, beside its state; what JSON can hold.
-
-    Attributes:
-      step: steps that were done.
-      history: of the evaluations so far.
-      bad: broken images that were met, of all processes, each counted once.
-      test_bad: broken images of the test set.
-      skipped, diverged_at: of the state, when it was last looked at.
-      seconds: spent on each.
-      ended: whether nothing is left to do.
-    """
-
-    step: int = 0
-    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    bad: int = 0
-    test_bad: int = 0
-    skipped: int = 0
-    diverged_at: int = -1
-    seconds: dict[str, float] = dataclasses.field(
-        default_factory=lambda: {"training": 0.0, "evaluation": 0.0}
-    )
-    ended: bool = False
 
 
 class Training:
@@ -82,12 +57,12 @@ class Training:
         self._config, self._sets, self._programs = config, sets, programs
         self._checkpoints, self._stop, self._show = checkpoints, stop, show
         self._state, self.position = programs.init(config.seed), Position()
-        if found := checkpoints.restore(_to_tree(self._state)):
-            self._state, self.position = _from_tree(found.state), Position(**found.extra)
+        if found := checkpoints.restore(to_tree(self._state)):
+            self._state, self.position = from_tree(found.state), Position(**found.extra)
         self._shown, self._bad, self._snapshot = 0, 0, None
         self._queue: collections.deque[Any] = collections.deque()
         self._doing, self._since = "training", time.perf_counter()
-        self._logged = 0, self._since
+        self._logged = self.position.step, self._since
         self._say("")
 
     def run(self) -> Position:
@@ -98,8 +73,6 @@ class Training:
           UserError: of the data.
         """
         config, position = self._config, self.position
-        self._doing, self._since = "training", time.perf_counter()
-        self._logged = position.step, self._since
         reader = self._read(self._sets.train, train=True, first_step=position.step)
         with contextlib.closing(reader):
             batches = to_device(reader, self._put)
@@ -118,7 +91,7 @@ class Training:
         config = self._config
         return batches(
             records, batch_size=config.batch_size, image_size=config.image_size,
-            seed=config.seed, workers=config.workers,
+            seed=config.seed, workers=workers(config),
             process_index=jax.process_index(), process_count=jax.process_count(),
             max_bad_examples=config.max_bad_examples, **options,
         )  # fmt: skip
@@ -187,7 +160,8 @@ class Training:
         if position.diverged_at < 0 and not np.isfinite(found["test_loss"]):
             position.diverged_at = position.step
         top1, top5 = (100 * found[f"test_{k}accuracy"] for k in ("", "top5_"))
-        self._say(f"loss {loss:.3g}, top-1 {top1:.1f} %, top-5 {top5:.1f} %")
+        before = f"loss {loss:.3g}, " if sums.steps else ""
+        self._say(f"{before}top-1 {top1:.1f} %, top-5 {top5:.1f} %")
 
     def _say(self, text):
         position = self.position
@@ -213,8 +187,10 @@ class Training:
         # To agree takes the processes longer than a step.
         if jax.process_count() > 1 and number % self._config.log_every:
             return
-        stop = total(self._stop.requested) > 0
-        if stop or self._checkpoints.due(self._config.checkpoint_every):
+        stop, config = total(self._stop.requested) > 0, self._config
+        # A step is saved once: the last one when it has been evaluated.
+        due = self.position.step < config.steps
+        if stop or (due and self._checkpoints.due(config.checkpoint_every)):
             self._save()
         if stop:
             self._checkpoints.close()
@@ -225,12 +201,13 @@ class Training:
         self._add_bad()
         self.position.skipped = int(everyone(self._state.train.skipped))
         about = dataclasses.asdict(self.position)
-        self._checkpoints.save(self.position.step, _to_tree(self._state), about)
+        self._checkpoints.save(self.position.step, to_tree(self._state), about)
 
 
-def evaluations(config: Any) -> list[int]:
-    """The steps after which there is one."""
-    return [*range(0, config.steps, config.eval_every), config.steps]
+def workers(config: Any) -> int:
+    """How many processes decode."""
+    given = config.workers
+    return len(os.sched_getaffinity(0)) - 1 if given is None else given
 
 
 def total(number: int) -> int:
@@ -241,15 +218,5 @@ def total(number: int) -> int:
 
 
 def _mean(sums):
-    steps = max(float(sums.steps), 1.0)
+    steps = float(sums.steps) or np.nan
     return float(sums.loss) / steps, float(sums.accuracy) / steps
-
-
-def _to_tree(state):
-    """With parameters and statistics at the top, where `experiments.fold` finds them."""
-    return state.train._asdict() | {"rest": state[1:]}
-
-
-def _from_tree(tree):
-    rest = tree.pop("rest")
-    return State(TrainState(**tree), *rest)

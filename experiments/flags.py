@@ -109,7 +109,7 @@ def main(config: type[C], run: Callable[[C], Any]) -> None:
             from bn_jax.training.signals import STOPPED
 
             _say("stopped by SIGTERM; the same command with this workdir goes on")
-            _leave_others(STOPPED)
+            _leave_others(0)  # they have stopped as well
             sys.exit(STOPPED)
         except KeyboardInterrupt:
             _say("interrupted; records of finished runs are kept")

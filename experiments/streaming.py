@@ -128,9 +128,7 @@ class Network:
             cross_entropy(outputs, labels), correct(outputs, labels),
             in_top(outputs, labels, 5), jnp.ones_like(labels),
         )  # fmt: skip
-        found = jax.tree.map(
-            lambda v: jnp.where(counted, v, 0).sum(dtype=jnp.float32), values
-        )
+        found = jax.tree.map(lambda v: jnp.where(counted, v, 0).sum(dtype=jnp.float32), values)
         found = found if axis_name is None else jax.lax.psum(found, axis_name)
         return jax.tree.map(jnp.add, counts, found)
 

@@ -28,7 +28,10 @@ OUTPUTS = (
 PLACE = ("workdir", "overwrite", "resume", "checkpoint_every", "coordinator",
          "num_processes", "process_id")  # fmt: skip
 # Those that may differ where a run goes on.
-FREE = (*PLACE, "cache_dir", "data_dir", "tensorboard", "summary")
+FREE = (
+    *PLACE, "cache_dir", "data_dir", "tensorboard", "summary", "workers", "log_every",
+    "max_bad_examples",
+)  # fmt: skip
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "tensorflow-datasets", "scikit-learn")
 
 

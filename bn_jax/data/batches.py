@@ -38,9 +38,30 @@ def batch_indices(
     epochs = -(-(latest + num_steps) // per_epoch)
 
     def one_epoch(epoch):
-        order = jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)
+        order = permutation(jax.random.fold_in(key, epoch), num_examples)
         return order[: per_epoch * batch_size].reshape(per_epoch, batch_size)
 
     batches = jax.vmap(one_epoch)(first_step // per_epoch + jnp.arange(epochs))
     batches = batches.reshape(epochs * per_epoch, batch_size)
     return lax.dynamic_slice_in_dim(batches, first_step % per_epoch, num_steps)
+
+
+def permutation(key: jax.Array, n: int) -> jax.Array:
+    """`jax.random.permutation(key, n)`, int32 `[n]`.
+
+    On CPU 4 to 5 times as fast: XLA's sort of one array there is much quicker than that of
+    keys with values, so each key has its place in its lower half.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.random.permutation(key, n)
+    order = jnp.arange(n, dtype=jnp.int32)
+    # So many that equal keys of 32 bits do not matter, as JAX has it.
+    for _ in range(math.ceil(3 * math.log(n) / math.log(2**32 - 1))):
+        key, subkey = jax.random.split(key)
+        bits = jax.random.bits(subkey, (n,))
+        with jax.enable_x64(True):
+            pairs = lax.convert_element_type(bits, jnp.uint64) << jnp.uint64(32)
+            places = lax.sort(pairs | lax.iota(jnp.uint64, n), is_stable=False)
+            places = lax.convert_element_type(places, jnp.uint32)  # the lower half
+        order = order[places]
+    return order

@@ -200,9 +200,11 @@ def _watched(iterable, source, first_step, max_bad_examples):
 def _end_with_parent(worker, workers):
     """Ends this worker process with the one that started it, even if that is killed.
 
-    grain's workers wait for their parent for ever, and would print a traceback at Ctrl-C.
+    grain's workers wait for their parent for ever, and would print a traceback at Ctrl-C. At
+    SIGTERM the parent may want one more batch before it saves.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):  # both may come to the whole group
+        signal.signal(number, signal.SIG_IGN)
 
     def wait():
         multiprocessing.parent_process().join()

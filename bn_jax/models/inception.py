@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bn_jax.models.norms import Norm, hidden_layer, normalized
+from bn_jax.models.norms import Norm, hidden_layer, normalized, with_fields
 from bn_jax.models.pooling import avg_pool, max_pool
 
 
@@ -55,7 +55,7 @@ class InceptionBlock(nn.Module):
 
     Attributes:
       row: a `Block`.
-      norm, places, activation, width: as in `Inception`.
+      norm, places, activation, width, dtype: as in `Inception`.
     """
 
     row: Block
@@ -63,6 +63,7 @@ class InceptionBlock(nn.Module):
     places: tuple[str, ...] = ("before",)
     activation: str = "relu"
     width: float = 1.0
+    dtype: Any = None
 
     @nn.compact
     def __call__(
@@ -103,6 +104,9 @@ class Inception(nn.Module):
       per_activation_last: in the last block, mean, variance, scale and bias of each channel
         at each position (section 4.2.3). The norm must have an `axis`, and all images the
         same size.
+      dtype: of convolutions and, where they have a `dtype`, norms: bfloat16 for half
+        precision. Parameters, statistics, the mean over positions and the output layer stay
+        float32.
     """
 
     num_outputs: int = 1000
@@ -115,6 +119,7 @@ class Inception(nn.Module):
     blocks: tuple[str, ...] = tuple(BLOCKS)
     local_response_norm: bool = False
     per_activation_last: bool = False
+    dtype: Any = None
 
     @nn.compact
     def __call__(
@@ -134,17 +139,17 @@ class Inception(nn.Module):
         if "input" in self.places:
             x = normalized(self.norm, x, train, mask)
         stem = {"imagenet": _imagenet_stem, "small": _small_stem}[self.stem]
-        x = stem(functools.partial(_convolution, self, train, mask), self._across_channels, x)
+        x = stem(self, functools.partial(_convolution, self, train, mask), x)
         for name in self.blocks:
             last = self.per_activation_last and name == self.blocks[-1]
             norm = functools.partial(self.norm, axis=(1, 2, 3)) if last else self.norm
-            fields = (BLOCKS[name], norm, self.places, self.activation, self.width)
-            x = InceptionBlock(*fields, name=f"block_{name}")(x, train=train, mask=mask)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x.mean((1, 2)))
+            x = InceptionBlock(
+                BLOCKS[name], norm, self.places, self.activation, self.width, self.dtype,
+                name=f"block_{name}",
+            )(x, train=train, mask=mask)  # fmt: skip
+        x = x.mean((1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.num_outputs)(x)
-
-    def _across_channels(self, x):
-        return local_response_norm(x) if self.local_response_norm else x
 
     def _check(self, x):
         if x.ndim != 4:
@@ -161,22 +166,31 @@ class Inception(nn.Module):
 def _convolution(module, train, mask, features, size, x, stride=1):
     """A convolution of `module`, scaled to its width, with its norm and activation."""
     channels = 4 * max(1, round(features * module.width / 4))
-    conv = functools.partial(nn.Conv, channels, (size, size), strides=stride)
-    return hidden_layer(module.norm, module.places, conv, module.activation, x, train, mask)
+    conv = functools.partial(
+        nn.Conv, channels, (size, size), strides=stride, dtype=module.dtype
+    )
+    norm = with_fields(module.norm, dtype=module.dtype)
+    return hidden_layer(norm, module.places, conv, module.activation, x, train, mask)
 
 
-def _imagenet_stem(conv, across_channels, x):
+def _imagenet_stem(module, conv, x):
     # The first convolution is separable (figure 5): 8 filters of 7x7 for each channel of the
     # image, then 1x1. Local response normalisation as in GoogLeNet's figure 3.
     c = x.shape[-1]
-    x = nn.Conv(8 * c, (7, 7), strides=2, feature_group_count=c, use_bias=False)(x)
-    x = across_channels(max_pool(conv(64, 1, x), 3, 2))
-    x = across_channels(conv(192, 3, conv(64, 1, x)))
+    x = nn.Conv(
+        8 * c, (7, 7), strides=2, feature_group_count=c, use_bias=False, dtype=module.dtype
+    )(x)
+    x = _across_channels(module, max_pool(conv(64, 1, x), 3, 2))
+    x = _across_channels(module, conv(192, 3, conv(64, 1, x)))
     return max_pool(x, 3, 2)
 
 
-def _small_stem(conv, across_channels, x):
-    return across_channels(conv(64, 3, x, 2))
+def _small_stem(module, conv, x):
+    return _across_channels(module, conv(64, 3, x, 2))
+
+
+def _across_channels(module, x):
+    return local_response_norm(x) if module.local_response_norm else x
 
 
 def local_response_norm(x: jax.Array) -> jax.Array:

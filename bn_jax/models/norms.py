@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -62,6 +65,15 @@ def normalized(
     if mask is not None:
         mask = mask.reshape(-1, *(1,) * (x.ndim - 1))
     return layer(x, use_running_average=not train, mask=mask)
+
+
+def with_fields(norm: Norm | None, **fields: Any) -> Norm | None:
+    """The norm with those of the fields that are not None and that it has."""
+    if norm is None:
+        return None
+    known = inspect.signature(norm).parameters
+    given = {k: v for k, v in fields.items() if v is not None and k in known}
+    return functools.partial(norm, **given)
 
 
 def hidden_layer(

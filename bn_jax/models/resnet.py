@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bn_jax.models.norms import ACTIVATIONS, Norm, normalized
+from bn_jax.models.norms import ACTIVATIONS, Norm, normalized, with_fields
 from bn_jax.models.pooling import max_pool
 
 # He et al. 2015, "Delving Deep into Rectifiers", for the backward pass.
@@ -162,14 +161,5 @@ def _convolution(module, train, mask, features, size, x, stride=1, scale_init=No
         features, (size, size), strides=stride, padding=size // 2, dtype=module.dtype,
         use_bias=module.norm is None, kernel_init=KERNEL_INIT,
     )(x)  # fmt: skip
-    norm = _with_fields(module.norm, dtype=module.dtype, scale_init=scale_init)
+    norm = with_fields(module.norm, dtype=module.dtype, scale_init=scale_init)
     return normalized(norm, x, train, mask)
-
-
-def _with_fields(norm, **fields):
-    """The norm with those of the fields that are given and that it has."""
-    if norm is None:
-        return None
-    known = inspect.signature(norm).parameters
-    given = {k: v for k, v in fields.items() if v is not None and k in known}
-    return functools.partial(norm, **given)

@@ -91,7 +91,7 @@ def test_ghost_groups_send_the_statistics_of_all_with_the_gradients():
     assert sorted(found) == sorted(expected)
 
 
-def test_groups_are_slots_where_jax_has_no_grouped_sum():
+def test_groups_are_slots_where_jax_has_nogrouped_sum():
     numbers = sum(count for count, _ in compiled("shard_map", axis_index_groups=HALVES))
     tiny_norms = sum(tiny().norms()) // FLOAT
     assert numbers == tiny().gradients() // FLOAT + len(HALVES) * tiny_norms

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bn_jax.data import batch_indices
+from bn_jax.data.batches import permutation
 
 KEY = jax.random.key(0)
 
@@ -38,3 +39,15 @@ def test_order_depends_on_the_key():
 def test_a_batch_larger_than_the_set_is_refused():
     with pytest.raises(ValueError, match="a batch of 11 from 10 examples"):
         batch_indices(KEY, 0, 1, 10, 11)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 500, 3000])
+def test_a_permutation_is_jaxs(n):
+    """Two rounds of sorting from 1,626 on; alone, over keys, and in a loop."""
+    keys = jax.vmap(jax.random.key)(np.arange(3))
+    expected = np.stack([jax.random.permutation(key, n) for key in keys])
+    found = jax.jit(jax.vmap(lambda key: permutation(key, n)))(keys)
+    assert found.dtype == np.int32
+    np.testing.assert_array_equal(found, expected)
+    looped = jax.lax.map(lambda key: permutation(key, n), keys)
+    np.testing.assert_array_equal(looped, expected)

@@ -232,6 +232,38 @@ def test_the_network_is_that_of_torch():
     np.testing.assert_allclose(out, expected, atol=1e-4 * np.abs(expected).max())
 
 
+def test_bfloat16_keeps_parameters_and_statistics_in_float32():
+    model = Inception(
+        4, norm=BatchNorm, places=("before", "after"), width=1 / 32, blocks=("3a", "5b"),
+        local_response_norm=True,
+    )  # fmt: skip
+    half = model.clone(dtype=jnp.bfloat16)
+    images = jax.random.normal(jax.random.key(1), (8, 16, 16, 3))
+
+    @jit
+    def run(key):
+        variables = model.init(key, images, train=False)
+        call = {"train": True, "mutable": ["batch_stats", "intermediates"]}
+        return (
+            model.apply(variables, images, **call),
+            half.apply(variables, images, capture_intermediates=True, **call),
+            half.init(key, images, train=False)["params"],
+        )
+
+    (expected, stats), (out, updates), params = run(jax.random.key(0))
+    kept = (params, updates["batch_stats"], out)
+    assert {v.dtype for v in jax.tree.leaves(kept)} == {jnp.dtype("float32")}
+    inner = updates["intermediates"]
+    del inner["__call__"], inner["Dropout_0"], inner["Dense_0"]
+    assert {v.dtype for v in jax.tree.leaves(inner)} == {jnp.dtype("bfloat16")}
+    difference = np.abs(out - expected).max() / np.abs(expected).max()
+    assert 1e-5 < difference < 0.1  # bfloat16's unit is 4e-3
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=0.1, atol=0.1),
+        updates["batch_stats"], stats["batch_stats"],
+    )  # fmt: skip
+
+
 def test_gradients_are_finite_and_dropout_is_for_training():
     model = TINY(norm=BatchNorm, dropout=0.5, local_response_norm=True,
                  per_activation_last=True, blocks=("5b",))  # fmt: skip

@@ -323,7 +323,7 @@ def test_a_dense_layer_against_float64():
     )
 
 
-def test_a_grouped_convolution_against_float64():
+def test_agrouped_convolution_against_float64():
     """A sum over the window of each position, group by group."""
     x = sample(2, 7, 4)
     conv = CONV((6, (3,)), {"feature_group_count": 2, "strides": 2, "padding": "VALID"})

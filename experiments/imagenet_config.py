@@ -1,0 +1,160 @@
+"""The flags of `experiments.imagenet`, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+from bn_jax.errors import UserError
+from experiments import config as comparison
+from experiments.flags import flag
+
+PER = 256  # examples, for which `learning_rate` is
+COUNTS = (*comparison.COUNTS, "image_size", "log_every")
+RANGES = comparison.RANGES | {
+    "warmup_epochs": (0, math.inf), "max_bad_examples": (0, math.inf), "workers": (0, math.inf),
+    "seed": (0, 2**31 - 1), "momentum": (0, 1), "target": (0, 1),
+}  # fmt: skip
+KNOWN = {
+    "model": ("resnet50", "resnet18", "inception"),
+    "dtype": ("bfloat16", "float32"),
+    "optimizer": ("sgd", "sgd_momentum", "sgd_nesterov", "rmsprop", "adam"),
+    "schedule": (
+        "goyal", "cosine", "constant", "step", "exponential", "inverse", "one_cycle",
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every flag of the experiment; see `python -m experiments.imagenet --help`."""
+
+    LISTS: ClassVar = ("arms",)
+    QUICK: ClassVar[dict[str, Any]] = {
+        "model": "resnet18", "width": 0.25, "image_size": 64, "batch_size": 32, "steps": 20,
+        "eval_every": 10, "log_every": 5, "warmup_epochs": 0.0, "test_examples": 500,
+    }  # fmt: skip
+    # An arm has one run.
+    seeds: ClassVar = 1
+    init_scales: ClassVar = (1.0,)
+
+    dataset: str = flag(
+        "imagenet2012", "a set of labelled images of tensorflow-datasets, by its name"
+    )
+    data_dir: str | None = flag(
+        None, "of tensorflow-datasets; else TFDS_DATA_DIR, else ~/tensorflow_datasets"
+    )
+    train_examples: int | None = flag(
+        None, "train on the first so many of the training examples; by default on all"
+    )
+    test_split: str = flag("validation", "what is tested on; nothing is chosen on it")
+    test_examples: int | None = flag(
+        None, "test on the first so many of the test examples; by default on all"
+    )
+    image_size: int = flag(224, "height and width, in pixels, of what the network sees")
+    model: str = flag("resnet50", "resnet50, resnet18 or inception")
+    width: float = flag(1.0, "the network's share of its usual channels")
+    dtype: str = flag(
+        "bfloat16",
+        "of convolutions and norms: bfloat16 or float32; parameters and statistics are float32",
+    )
+    arms: tuple[str, ...] = flag(
+        ("bn",), "norms to train with, of none, bn, layer, group; the first is the baseline"
+    )
+    momentum: float = flag(
+        0.9, "of BatchNorm's running statistics: the weight of the old value"
+    )
+    bn_group_size: int | None = flag(
+        None,
+        "examples that share statistics in a BatchNorm, however many devices there are; by "
+        "default all of the batch; 0: those of a device",
+    )
+    optimizer: str = flag("sgd_momentum", "sgd, sgd_momentum, sgd_nesterov, rmsprop or adam")
+    learning_rate: float = flag(0.1, f"for a batch of {PER} examples; it grows with the batch")
+    warmup_epochs: float = flag(5.0, "epochs in which the learning rate rises from 0, linearly")
+    schedule: str = flag(
+        "cosine",
+        "of the learning rate: goyal (a tenth of it after 30, 60 and 80 of 90 epochs), cosine, "
+        "constant, step, exponential, inverse or one_cycle",
+    )
+    l2: float = flag(1e-4, "l2 / 2 times the sum of squared kernels is added to the loss")
+    weight_decay: float = flag(0.0, "kernels shrink by this times the learning rate each step")
+    label_smoothing: float = flag(0.1, "share of the wanted distribution that is uniform")
+    seed: int = flag(0, "of initial weights, of the order of the data, of what is cut out")
+    batch_size: int = flag(PER, "examples in a training step, of all devices together")
+    epochs: int = flag(90, "passes over the data")
+    steps: int | None = flag(None, "instead of epochs: training steps")
+    eval_every: int | None = flag(
+        None, "training steps between evaluations; by default those of an epoch"
+    )
+    target: float | None = flag(
+        None, "test accuracy to reach, in (0, 1]; by default the best that the baseline reached"
+    )
+    parallel: str = flag(
+        "auto",
+        "how several devices share a batch: pmap, jit or shard_map, or single (only one "
+        "works); auto: pmap, of several processes shard_map",
+    )
+    coordinator: str | None = flag(
+        None, "host:port of process 0, where several processes are one run: see docs/scaling.md"
+    )
+    num_processes: int | None = flag(None, "how many processes there are")
+    process_id: int | None = flag(None, "which of them this is, from 0")
+    workers: int | None = flag(
+        None,
+        "processes that read and decode images; 0: this one does; by default one for each "
+        "core but one. They change nothing but the speed",
+    )
+    max_bad_examples: int = flag(
+        0, "broken images that the training set, or the test set, may have; they are left out"
+    )
+    log_every: int = flag(
+        100, "training steps after which the loss is shown; until then it stays on the device"
+    )
+    quick: bool = flag(
+        False, "a small network, few small images: a look in some minutes on two cores"
+    )
+    workdir: str | None = flag(
+        None, "folder for the results; by default runs/<experiment>/<time>"
+    )
+    overwrite: bool = flag(False, "delete the run that is in the workdir")
+    resume: bool = flag(True, "go on with the run in the workdir, if its flags are the same")
+    checkpoint_every: float = flag(600.0, "seconds between checkpoints; 0: after every step")
+
+    __post_init__ = comparison.Config.__post_init__
+
+    def check(self) -> None:
+        """Raises a UserError for a flag that makes no sense."""
+        for name in COUNTS:
+            value = getattr(self, name, None)
+            if value is not None and value < 1:
+                raise UserError(f"--{name}={value}: it must be at least 1")
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name, None)
+            if value is not None and not low <= value <= high:
+                raise UserError(f"--{name}={value}: it must be from {low} to {high}")
+        for name in ("learning_rate", "width"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"--{name}={getattr(self, name)}: it must be positive")
+        for name, known in KNOWN.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise UserError(f"--{name}: unknown {value!r}, choose from {', '.join(known)}")
+        if not self.arms or len(set(self.arms)) != len(self.arms):
+            raise UserError(f"--arms={','.join(self.arms)}: name one or more, each once")
+        if self.parallel == "grid":
+            raise UserError(
+                "--parallel=grid: there is one network at a time, and no grid; choose pmap, "
+                "jit or shard_map"
+            )
+
+    @property
+    def learning_rates(self) -> tuple[float]:
+        """The highest one of the training (Goyal et al. 2017, section 2.1)."""
+        return (self.learning_rate * self.batch_size / PER,)
+
+    @property
+    def momentums(self) -> tuple[float]:
+        """That of BatchNorm."""
+        return (self.momentum,)
