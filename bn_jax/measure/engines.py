@@ -27,6 +27,7 @@ from bn_jax.measure.layouts import Single
 from bn_jax.measure.programs import convolves
 from bn_jax.training.distributed import everyone
 from bn_jax.training.run import NO_SUMS, Run, RunState, data_key
+from bn_jax.training.xla import without_library
 
 # Threefry unrolled for every kernel: 5.0 s of optimisation for a program that takes 10 ms.
 RUN_ONCE = {"xla_backend_optimization_level": 0}
@@ -76,8 +77,9 @@ class Together:
         init, advance = program(init, "all"), program(advance, "all", "all", donate=(0,))
         state = jax.eval_shape(init, None, *inputs)
         self._init = init.lower(None, *inputs).compile(RUN_ONCE)
-        self._advance = advance.lower(state, *inputs, np.int32(0)).compile()
-        self._evaluate = program(evaluate, "all").lower(state, *inputs).compile()
+        options = without_library() if jax.default_backend() == "cpu" else {}
+        self._advance = advance.lower(state, *inputs, np.int32(0)).compile(options)
+        self._evaluate = program(evaluate, "all").lower(state, *inputs).compile(options)
 
     def init(self, chunk: Chunk) -> Any:
         """The state of every run before its first step."""

@@ -292,3 +292,14 @@ def test_programs_are_kept_unless_the_user_has_chosen(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     xla.keep_compiled(tmp_path / "file" / "compiled")  # cannot be made
     assert not changed
+
+
+def test_the_library_is_left_out_unless_the_user_has_chosen(monkeypatch):
+    option = {"xla_cpu_experimental_ynn_fusion_type": ""}
+    for given, expected in ((FLAG, option), ("", option), ("--a_flag=-individual_dot", option)):
+        monkeypatch.setenv("XLA_FLAGS", given)
+        assert xla.without_library() == expected
+    monkeypatch.setenv("XLA_FLAGS", FLAG.replace("convolution", "dot"))
+    assert xla.without_library() == {}
+    program = jax.jit(lambda x: x.sum(0)).lower(jnp.ones((64, 50)))
+    assert "ynn" not in program.compile(option).as_text()
