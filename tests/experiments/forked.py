@@ -17,7 +17,9 @@ LIMIT = 200  # seconds, for a program that hangs
 
 for module in (
     "experiments.compare", "bn_jax.data", "bn_jax.measure", "bn_jax.models", "bn_jax.report",
-    "rich.table", "sklearn.datasets", "sklearn.model_selection", "tensorflow_datasets",
+    "bn_jax.training.distributed", "experiments.survival", "flax.serialization",
+    "orbax.checkpoint", "rich.table", "sklearn.datasets", "sklearn.model_selection",
+    "tensorflow_datasets",
 ):  # fmt: skip
     importlib.import_module(module)
 

@@ -10,15 +10,14 @@ from experiments import compare
 # Two steps and eight fake devices.
 TINY = {
     "features": (8,), "seeds": 1, "learning_rates": (0.3,), "steps": 2, "eval_every": 2,
-    "batch_size": 64, "arms": ("none", "bn"), "train_examples": 128,
+    "batch_size": 64, "arms": ("bn",), "train_examples": 128,
 }  # fmt: skip
 
 
 def losses(folder, **flags):
     compare.run(compare.Config(**TINY, workdir=str(folder), **flags))
     records = map(json.loads, (folder / "records.jsonl").read_text().splitlines())
-    none, bn = ([r["train_loss"][-1], r["test_loss"][-1]] for r in records)
-    return none + bn
+    return [loss for r in records for loss in (r["train_loss"][-1], r["test_loss"][-1])]
 
 
 def test_the_group_and_not_the_number_of_devices_decides(tmp_path):
@@ -26,8 +25,7 @@ def test_the_group_and_not_the_number_of_devices_decides(tmp_path):
     # Eight devices of eight examples: a group is of two of them.
     assert losses(tmp_path / "b", parallel="pmap", bn_group_size=16) == pytest.approx(alone)
     whole = losses(tmp_path / "c", parallel="single")
-    assert whole[:2] == alone[:2]
-    assert abs(whole[2] - alone[2]) > 1e-4
+    assert abs(whole[0] - alone[0]) > 1e-4
     device = losses(tmp_path / "d", parallel="shard_map", bn_group_size=0)
     eight = losses(tmp_path / "e", parallel="jit", bn_group_size=8)
     assert device == pytest.approx(eight)

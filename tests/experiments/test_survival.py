@@ -37,7 +37,7 @@ def test_sigterm_saves(whole, server, tmp_path):
     assert done.code == 75
     assert "stopped by SIGTERM; the same command with this workdir goes on" in done.err
     begun = len(records(folder))
-    assert 0 < begun < 8
+    assert 0 < begun < 4
     done = server.run(*flags, f"--workdir={folder}", code=PROGRAM)
     assert done.code == 0
     assert_same(folder, whole[0])
@@ -56,7 +56,7 @@ def test_a_finished_run_is_left_as_it_is(whole, server):
     ("flags", "message"),
     [
         (("--batch_size=30",), "holds another run, whose --batch_size is 60 and not 30"),
-        (("--arms=bn,none",), "holds another run, whose --arms is none,bn and not bn,none"),
+        (("--arms=bn,none",), "holds another run, whose --arms is bn and not bn,none"),
         (("--noresume",), "holds another run: choose another, or --overwrite deletes it"),
     ],
 )

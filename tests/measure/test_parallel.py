@@ -1,6 +1,7 @@
 """One run, one grid: the same records whichever way the devices share the work."""
 
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -63,15 +64,19 @@ def assert_close(found, expected, tolerance=1e-6):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", MODES)
+WHOLE = (MLP, (16, 8), 60, BatchNorm), (CNN, (4, 8), 60, BatchNorm)
+# Groups within a device, and of two devices.
+WITHIN = MLP, (16, 8), 128, functools.partial(GhostBatchNorm, group_size=8)
+SPANNING = MLP, (16, 8), 64, functools.partial(GhostBatchNorm, group_size=16)
+
+
 @pytest.mark.parametrize(
-    "network",
+    ("mode", "network"),
     [
-        (MLP, (16, 8), 60, BatchNorm),
-        (CNN, (4, 8), 60, BatchNorm),
-        # Groups within a device, and of two devices.
-        (MLP, (16, 8), 128, functools.partial(GhostBatchNorm, group_size=8)),
-        (MLP, (16, 8), 64, functools.partial(GhostBatchNorm, group_size=16)),
+        *itertools.product(MODES, WHOLE),
+        ("pmap", WITHIN),
+        ("pmap", SPANNING),
+        ("shard_map", SPANNING),
     ],
 )
 def test_eight_devices_train_as_one_does(mode, network):

@@ -158,10 +158,11 @@ def test_captions_say_what_is_shown(make):
 
 def test_import_is_cheap_and_touches_no_plotting_state():
     code = (
-        "import sys, bn_jax.report; print('matplotlib' in sys.modules, 'rich' in sys.modules)"
+        "import sys, bn_jax.report; print('matplotlib' in sys.modules, 'rich' in sys.modules)\n"
+        "from bn_jax.report import plotting; plotting.new_figure(2, 2)\n"
+        "print('matplotlib.figure' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == ["False", "False"]
-    assert "matplotlib.pyplot" not in sys.modules
+    assert done.stdout.split() == ["False", "False", "True", "False"]
