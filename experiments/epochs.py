@@ -24,6 +24,8 @@ from experiments.streaming import Counts, Programs, Sums
 
 # Steps that are queued on the device while the next batch is read; each holds its images.
 AHEAD = 2
+# By which one checkpoint is the best, and stays.
+BEST = "test_accuracy"
 
 
 class Sets(NamedTuple):
@@ -77,15 +79,19 @@ class Training:
         with contextlib.closing(reader):
             batches = to_device(reader, self._put)
             while not position.ended:
-                if position.step in evaluations(config)[len(position.history) :]:
+                evaluated = self._to_evaluate()
+                if evaluated:
                     self._evaluate()
-                if position.step == config.steps or position.diverged_at >= 0:
-                    position.ended = True
-                else:
+                position.ended = position.step == config.steps or position.diverged_at >= 0
+                if position.ended or (evaluated and position.step):
+                    self._save()  # it may be the best
+                if not position.ended:
                     self._advance(*next(batches))
-        self._save()
         self._checkpoints.wait()
         return position
+
+    def _to_evaluate(self):
+        return self.position.step in evaluations(self._config)[len(self.position.history) :]
 
     def _read(self, records, **options):
         config = self._config
@@ -187,10 +193,10 @@ class Training:
         # To agree takes the processes longer than a step.
         if jax.process_count() > 1 and number % self._config.log_every:
             return
-        stop, config = total(self._stop.requested) > 0, self._config
-        # A step is saved once: the last one when it has been evaluated.
-        due = self.position.step < config.steps
-        if stop or (due and self._checkpoints.due(config.checkpoint_every)):
+        stop = total(self._stop.requested) > 0
+        # A step is saved once: one that is to be evaluated, after that.
+        due = not self._to_evaluate()
+        if stop or (due and self._checkpoints.due(self._config.checkpoint_every)):
             self._save()
         if stop:
             self._checkpoints.close()
@@ -200,8 +206,10 @@ class Training:
         self._tick(self._doing)
         self._add_bad()
         self.position.skipped = int(everyone(self._state.train.skipped))
-        about = dataclasses.asdict(self.position)
-        self._checkpoints.save(self.position.step, to_tree(self._state), about)
+        about, metrics = dataclasses.asdict(self.position), None
+        if self.position.history and self.position.history[-1]["step"] == self.position.step:
+            metrics = {BEST: self.position.history[-1][BEST]}
+        self._checkpoints.save(self.position.step, to_tree(self._state), about, metrics)
 
 
 def workers(config: Any) -> int:

@@ -80,7 +80,6 @@ def train(
     An earlier start of the same run is gone on with where its last checkpoints were.
     """
     from bn_jax import report
-    from bn_jax.training.checkpoint import Checkpoints
     from bn_jax.training.signals import on_sigterm
     from experiments import imagenet_arms as arms
     from experiments.epochs import Training
@@ -90,7 +89,7 @@ def train(
     records = []
     with on_sigterm() as stop, Progress(config.steps * len(networks)) as progress:
         for name, network in networks.items():
-            with contextlib.closing(Checkpoints(shared / "checkpoints" / name)) as checkpoints:
+            with contextlib.closing(_checkpoints(shared, name)) as checkpoints:
                 found, compilation = checkpoints.newest(), 0.0
                 if found and found.extra["ended"]:
                     position = Position(**found.extra)
@@ -106,6 +105,13 @@ def train(
             records.append(arms.record(config, name, position, compilation))
             report.rewrite_records(folder / "records.jsonl", records).close()
     return records
+
+
+def _checkpoints(shared, arm):
+    from bn_jax.training.checkpoint import Checkpoints
+    from experiments.epochs import BEST
+
+    return Checkpoints(shared / "checkpoints" / arm, best=BEST)
 
 
 if __name__ == "__main__":

@@ -121,6 +121,10 @@ def test_what_it_leaves(whole):
         0,
         None,
     )
+    found = dict(zip(record["steps"][1:], record["test_accuracy"][1:], strict=True))
+    kept = {int(p) for p in os.listdir(folder / "checkpoints" / "bn")}
+    assert STEPS in kept
+    assert max(found.values()) in {found[step] for step in kept}  # the best one stays
     page = (folder / "report.html").read_text()
     assert "split validation, on which nothing is chosen" in page
     assert "bn: top-5 at the end" in page
@@ -206,7 +210,9 @@ def test_killed_between_checkpoints(whole, data_dir, tmp_path, monkeypatch, last
         patch.setattr(Checkpoints, "due", due)
         with pytest.raises(Kill):
             run(tmp_path / "w", data_dir)
-    assert os.listdir(tmp_path / "w" / "checkpoints" / "bn") == [str(last)]
+    saved = [int(p) for p in os.listdir(tmp_path / "w" / "checkpoints" / "bn")]
+    assert last in saved
+    assert max(saved) < STEPS
     run(tmp_path / "w", data_dir)
     assert_same(tmp_path / "w", whole[0])
 

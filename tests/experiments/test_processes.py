@@ -68,6 +68,11 @@ def test_two_processes_killed_and_started_again(pair, server, tmp_path):
     for found, one in zip(losses(folder), expected, strict=True):
         assert found == pytest.approx(one, abs=3e-6)
 
+    start(pair, tmp_path / "grid", "--parallel=grid")  # one run, and three that fill up
+    assert [s.wait().code for s in pair] == [0, 0]
+    for found, one in zip(losses(tmp_path / "grid"), expected, strict=True):
+        assert found == pytest.approx(one, abs=3e-6)
+
 
 @pytest.mark.parametrize(
     ("flags", "message"),
