@@ -7,15 +7,16 @@ work costs, and no gain.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
-from absl import app, flags
 
 from benchmarks.timing import interleave
 from bn_jax.data import Split
@@ -24,14 +25,22 @@ from bn_jax.models import CNN
 from bn_jax.training.parallel import batch_mesh, divide, over_devices, replicate
 from bn_jax.training.run import Run, Swept
 from bn_jax.training.xla import set_flags
+from experiments import flags
+from experiments.flags import flag
 
-BATCH = flags.DEFINE_integer("batch", 256, "examples in a step, of 32 x 32 x 3")
-ROUNDS = flags.DEFINE_integer("rounds", 7, "how often each step is timed")
-DEVICES = flags.DEFINE_list("devices", ["1", "2", "4", "8"], "numbers of devices")
 FEATURES = (16, 32, 64)
 # By the statistics of a layer; a group of None is of the examples of one device.
 NORMS = {"none": None, "whole batch": 0, "a device": None, "two devices": 2}
 ENGINES = ("pmap", "jit", "shard_map")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """See `python -m benchmarks.collectives --help`."""
+
+    devices: tuple[int, ...] = flag((1, 2, 4, 8), "numbers of devices")
+    batch: int = flag(256, "examples in a step, of 32 x 32 x 3")
+    rounds: int = flag(7, "how often each step is timed")
 
 
 class Case(NamedTuple):
@@ -97,7 +106,7 @@ def compiled(case: Case, batch: int) -> tuple[Any, Any]:
     return program.lower(*args).compile(), args
 
 
-def cases(devices: list[int]) -> list[Case]:
+def cases(devices: Sequence[int]) -> list[Case]:
     """All that differ: on one device, and of no statistics, one engine each is enough."""
     found = [Case("jit", 1, "none"), Case("jit", 1, "whole batch")]
     for n in (n for n in devices if n > 1):
@@ -106,7 +115,7 @@ def cases(devices: list[int]) -> list[Case]:
     return found
 
 
-def measure(devices: list[int], batch: int, rounds: int) -> list[tuple]:
+def measure(devices: Sequence[int], batch: int, rounds: int) -> list[tuple]:
     """(case, what it exchanges, examples per second), timed in turn."""
     rows, steps = cases(devices), {}
     counts = {}
@@ -118,11 +127,11 @@ def measure(devices: list[int], batch: int, rounds: int) -> list[tuple]:
     return [(case, counts[case], batch / float(np.median(seconds[case]))) for case in rows]
 
 
-def main(_: Any) -> None:
+def run(config: Config) -> None:
     """Prints the table, in Markdown."""
     set_flags()
-    jax.config.update("jax_num_cpu_devices", max(map(int, DEVICES.value)))
-    found = measure([int(n) for n in DEVICES.value], BATCH.value, ROUNDS.value)
+    jax.config.update("jax_num_cpu_devices", max(config.devices))
+    found = measure(config.devices, config.batch, config.rounds)
     print("| devices | engine | share statistics | all-reduces | kB in them | examples/s |")
     print("| --: | :-- | :-- | --: | --: | --: |")
     for case, sent, speed in found:
@@ -135,4 +144,4 @@ def main(_: Any) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    flags.main(Config, run)

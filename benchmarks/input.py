@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import statistics
@@ -19,7 +20,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from absl import app, flags
 from PIL import Image
 
 from benchmarks.timing import interleave
@@ -29,20 +29,28 @@ from bn_jax.linen import BatchNorm
 from bn_jax.models import CifarA
 from bn_jax.training.run import Run, Swept
 from bn_jax.training.xla import set_flags
+from experiments import flags
+from experiments.flags import flag
 
-DATASETS = flags.DEFINE_list("datasets", ["digits", "mnist", "cifar10"], "sets to load")
-BATCH = flags.DEFINE_integer("batch", 256, "examples in a training step")
-IMAGES = flags.DEFINE_integer("images", 40, "JPEG files to decode")
-ROUNDS = flags.DEFINE_integer("rounds", 7, "how often each is timed")
-DATA_DIR = flags.DEFINE_string("data_dir", None, "of tensorflow-datasets")
 FEATURES = (32, 64, 128, 512, 128)
 
 
-def loading(name: str, rounds: int) -> float | None:
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """See `python -m benchmarks.input --help`."""
+
+    datasets: tuple[str, ...] = flag(("digits", "mnist", "cifar10"), "sets to load")
+    data_dir: str | None = flag(None, "of tensorflow-datasets; else TFDS_DATA_DIR")
+    batch: int = flag(256, "examples in a training step")
+    images: int = flag(40, "JPEG files to decode")
+    rounds: int = flag(7, "how often each is timed")
+
+
+def loading(name: str, data_dir: str | None, rounds: int) -> float | None:
     """Seconds of a start that finds the set cached; None if the set is not there."""
 
     def start():
-        dataset = load(name, data_dir=DATA_DIR.value)
+        dataset = load(name, data_dir=data_dir)
         return jax.block_until_ready([dataset.train, dataset.validation, dataset.test])
 
     try:
@@ -59,11 +67,11 @@ def augmented(batch: int, rounds: int) -> dict[str, float]:
     pixels = rng.normal(size=(batch, 32, 32, 3)).astype(np.float32)
     split = Split(*jax.device_put((pixels, rng.integers(0, 10, batch).astype(np.int32))))
     model = CifarA(FEATURES, norm=BatchNorm, dropout=0)
-    run = Run(lambda swept: model, optax.sgd, lambda x: x, batches=None)
+    one = Run(lambda swept: model, optax.sgd, lambda x: x, batches=None)
     swept, key = Swept(*np.float32([0.01, 1, 0.9])), jax.random.key(0)
-    state = jax.jit(run.init)(key, swept, split.inputs)
+    state = jax.jit(one.init)(key, swept, split.inputs)
     programs: dict[str, Callable[[], Any]] = {
-        "step": functools.partial(jax.jit(run.step), state, swept, split, np.arange(batch))
+        "step": functools.partial(jax.jit(one.step), state, swept, split, np.arange(batch))
     }
     for names in (("shift", "flip"), ("shift", "flip", "distort")):
         change = jax.jit(augmentation(names))
@@ -103,22 +111,22 @@ def jpeg(seed: int, height: int = 400, width: int = 500) -> bytes:
     return file.getvalue()
 
 
-def main(_: Any) -> None:
+def run(config: Config) -> None:
     """Prints three tables, in Markdown."""
     set_flags()
     print("| second start | seconds until its arrays are on the device |\n| :-- | --: |")
-    for name in DATASETS.value:
-        seconds = loading(name, ROUNDS.value)
+    for name in config.datasets:
+        seconds = loading(name, config.data_dir, config.rounds)
         if seconds is not None:
             print(f"| {name} | {seconds:.3f} |")
-    found = augmented(BATCH.value, ROUNDS.value)
-    print(f"\n| batch of {BATCH.value} | ms | share of the step |\n| :-- | --: | --: |")
+    found = augmented(config.batch, config.rounds)
+    print(f"\n| batch of {config.batch} | ms | share of the step |\n| :-- | --: | --: |")
     for name, seconds in found.items():
         print(f"| {name} | {1e3 * seconds:.1f} | {seconds / found['step']:.1%} |")
     print("\n| JPEG files of 500 x 400 | images/s of a core |\n| :-- | --: |")
-    for name, speed in decoding(IMAGES.value, ROUNDS.value).items():
+    for name, speed in decoding(config.images, config.rounds).items():
         print(f"| {name} | {speed:,.0f} |")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    flags.main(Config, run)

@@ -27,6 +27,31 @@ HASTY = {
 }  # fmt: skip
 
 
+# Many cases of what changes seldom: some five minutes. `pytest -m long` runs these alone,
+# `pytest -m ""` all; .ci/run a third of them, another one every day.
+LONG = {
+    "test_accumulate", "test_convert_jax", "test_convert_keras",
+    "test_convert_layers", "test_convert_torch", "test_diagnose_models", "test_flow",
+    "test_fold", "test_foreign", "test_transformations",
+}  # fmt: skip
+
+
+def pytest_addoption(parser):
+    parser.addoption("--part", help="i/n: every n-th of the tests, from the i-th on")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.path.stem in LONG:
+            item.add_marker("long")
+    if config.option.part:
+        first, of = map(int, config.option.part.split("/"))
+        chosen = [i for i in items if i.get_closest_marker("long")][first::of]
+        dropped = [i for i in items if i not in set(chosen)]
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = chosen
+
+
 @pytest.fixture(autouse=True, scope="module")
 def compilation(request):
     hasty = bool(HASTY & {request.path.parent.name, request.path.stem})

@@ -1,7 +1,6 @@
 import itertools
 
 import pytest
-from absl import flags
 
 from benchmarks import collectives
 from benchmarks.collectives import Case, Exchanged, exchanged
@@ -12,8 +11,7 @@ def table(monkeypatch, capsys):
     """The rows that the program prints for one and two devices, of a tiny network."""
     monkeypatch.setattr(collectives, "FEATURES", (2, 3))
     monkeypatch.setattr(collectives.jax.config, "update", lambda *_: None)  # it has started
-    flags.FLAGS(["collectives", "--batch=8", "--rounds=1", "--devices=1,2"])
-    collectives.main(None)
+    collectives.run(collectives.Config(devices=(1, 2), batch=8, rounds=1))
     lines = capsys.readouterr().out.splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 

@@ -1,7 +1,6 @@
 import io
 
 import numpy as np
-from absl import flags
 from PIL import Image
 
 from benchmarks import input as program
@@ -9,9 +8,8 @@ from benchmarks import input as program
 
 def test_what_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(program, "FEATURES", (2, 3, 4))
-    sizes = ("--batch=4", "--images=2", "--rounds=1", "--datasets=digits,no_such_set")
-    flags.FLAGS(["input", *sizes])
-    program.main(None)
+    sets = ("digits", "no_such_set")
+    program.run(program.Config(datasets=sets, batch=4, images=2, rounds=1))
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     cells = {row.split("|")[1].strip(): row.split("|")[2].strip() for row in rows}
     assert {"digits", "step", "shift, flip", "decoding alone"} < set(cells)
