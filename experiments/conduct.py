@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -75,25 +74,17 @@ def conduct(
       refusal: arms whose layers refuse with a message that has these words are left out;
         by default that is an error.
     """
-    from bn_jax.training import distributed
-    from bn_jax.training.xla import keep_compiled, set_flags
-
     start = time.perf_counter()
-    xla_flags = set_flags()
-    distributed.initialize(config.coordinator, config.num_processes, config.process_id)
+    xla_flags = start_jax(config)
     import jax
 
-    from bn_jax.data.cache import default_cache_dir
-
-    keep_compiled(Path(config.cache_dir or default_cache_dir()).expanduser() / "compiled")
     dataset = load_data(config)
     command = workdir.command(config, experiment)
     config = in_steps(config, dataset)
     runs = _build(config, arms, dataset, refusal)
     with workdir.entered(config, experiment) as (folder, shared):
-        if (shared / "summary.json").exists():
-            print(f"{shared} has this run, finished; --overwrite repeats it")
-            return json.loads((shared / "summary.json").read_text())
+        if finished := workdir.finished(shared):
+            return finished
         devices = [f"{d.platform}: {d.device_kind}" for d in jax.devices()]
         settings = workdir.write_config(
             folder, config, experiment, devices, xla_flags=xla_flags, command=command
@@ -110,6 +101,18 @@ def conduct(
         (write or write_tables)(records, summary, settings, folder, found.figures)
         print(folder / "report.html")
         return summary
+
+
+def start_jax(config: Any) -> str:
+    """JAX as experiments want it, in one process or several; `XLA_FLAGS` as they then are."""
+    from bn_jax.data.cache import default_cache_dir
+    from bn_jax.training import distributed
+    from bn_jax.training.xla import keep_compiled, set_flags
+
+    xla_flags = set_flags()
+    distributed.initialize(config.coordinator, config.num_processes, config.process_id)
+    keep_compiled(Path(config.cache_dir or default_cache_dir()).expanduser() / "compiled")
+    return xla_flags
 
 
 def write_tables(_: Any, summary: dict, settings: dict, folder: Path, figures: Any) -> None:

@@ -16,13 +16,12 @@ A set that nothing is chosen on is both: what records call validation is the tes
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 from experiments import flags, workdir
-from experiments.conduct import seconds
+from experiments.conduct import seconds, start_jax
 from experiments.imagenet_config import Config
 
 EXPERIMENT = "imagenet"
@@ -30,12 +29,8 @@ EXPERIMENT = "imagenet"
 
 def run(config: Config) -> dict[str, Any]:
     """Trains the arms, fills the workdir, prints the table; the summary comes back."""
-    from bn_jax.training import distributed
-    from bn_jax.training.xla import set_flags
-
     start = time.perf_counter()
-    xla_flags = set_flags()
-    distributed.initialize(config.coordinator, config.num_processes, config.process_id)
+    xla_flags = start_jax(config)
     import jax
 
     from bn_jax import measure, report
@@ -46,9 +41,8 @@ def run(config: Config) -> dict[str, Any]:
     command = workdir.command(config, EXPERIMENT)
     config, networks = arms.build(config, sets)
     with workdir.entered(config, EXPERIMENT) as (folder, shared):
-        if (shared / "summary.json").exists():
-            print(f"{shared} has this run, finished; --overwrite repeats it")
-            return json.loads((shared / "summary.json").read_text())
+        if finished := workdir.finished(shared):
+            return finished
         devices = [f"{d.platform}: {d.device_kind}" for d in jax.devices()]
         settings = workdir.write_config(
             folder, config, EXPERIMENT, devices,

@@ -45,6 +45,7 @@ class Config:
     data_dir: str | None = flag(
         None, "of tensorflow-datasets; else TFDS_DATA_DIR, else ~/tensorflow_datasets"
     )
+    cache_dir: str | None = flag(None, "for compiled programs; by default ~/.cache/bn_jax")
     train_examples: int | None = flag(
         None, "train on the first so many of the training examples; by default on all"
     )

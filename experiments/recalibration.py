@@ -50,6 +50,9 @@ class Config:
         500, "images that are normalised together while recalibrating"
     )
     quick: bool = flag(False, "digits, two seeds, 100 steps: a look in half a minute")
+    parallel: str = flag(
+        "auto", "how several devices train a network: single, pmap, jit or shard_map"
+    )
     data_dir: str | None = flag(None, "as in experiments.compare")
     cache_dir: str | None = flag(None, "as in experiments.compare")
     workdir: str | None = flag(
@@ -153,7 +156,7 @@ def trained(config: Config, one: Any, dataset: Any, seed: int) -> tuple[Any, Any
 
     point = Point(config.learning_rate, 1.0, config.momentum)
     budget = Budget(config.steps, math.gcd(config.steps, AVERAGE_EVERY))
-    train_one(one, dataset, point, seed, budget, see)
+    train_one(one, dataset, point, seed, budget, see, parallel=config.parallel)
     return last, {**last, "params": mean}
 
 

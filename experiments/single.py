@@ -13,6 +13,8 @@ def train_one(
     seed: int,
     budget: Any,
     see: Callable[[int, Any], None],
+    *,
+    parallel: str = "single",
 ) -> None:
     """Trains as `bn_jax.measure.sweep` does, and evaluates nothing.
 
@@ -24,12 +26,14 @@ def train_one(
       budget: a `bn_jax.measure.Budget`.
       see: is given, every `eval_every` steps, the number of steps done, 0 first, and the
         `RunState`.
+      parallel: how several devices share the work, as in `bn_jax.measure.sweep`.
     """
     from bn_jax.measure.engines import engine_class
     from bn_jax.measure.grid import chunks
-    from bn_jax.measure.layouts import Single
+    from bn_jax.measure.layouts import layout
 
-    (chunk,), devices = chunks([point], [seed], 1), Single()
+    devices = layout(parallel, 1, 1)
+    (chunk,) = chunks([point], [seed], 1, devices.block)
     engine = engine_class(run, dataset, devices)(run, dataset, budget, devices, chunk)
     state = engine.init(chunk)
     see(0, engine.pick(state, 0, 0))

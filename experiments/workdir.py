@@ -134,6 +134,15 @@ def entered(config: Any, experiment: str) -> Iterator[tuple[Path, Path]]:
         yield folder, shared
 
 
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The summary of the run there, if that has ended, which is said; else None."""
+    path = folder / "summary.json"
+    if not path.exists():
+        return None
+    print(f"{folder} has this run, finished; --overwrite repeats it")
+    return json.loads(path.read_text())
+
+
 def write_config(
     folder: Path, config: Any, experiment: str, devices: list[str], **more: Any
 ) -> dict[str, Any]:
