@@ -132,6 +132,13 @@ def has_torch() -> bool:
     return jax.default_backend() == "cpu" and importlib.util.find_spec("torch") is not None
 
 
+def has_cuda_torch() -> bool:
+    """Whether torch is there with CUDA, and JAX on a GPU as well."""
+    if jax.default_backend() != "gpu" or importlib.util.find_spec("torch") is None:
+        return False
+    return import_torch().cuda.is_available()
+
+
 def import_torch():
     """torch, whose threads go to sleep when it is done.
 
@@ -144,8 +151,10 @@ def import_torch():
     return torch
 
 
-def torch_layer(task: Task, x: jax.Array, dy: jax.Array) -> Callable[[], Any]:
-    """Its call gives y, or (y, (dscale, dbias, dx)).
+def torch_layer(
+    task: Task, x: jax.Array, dy: jax.Array, device: str = "cpu"
+) -> Callable[[], Any]:
+    """Its call gives y, or (y, (dscale, dbias, dx)); on another device it does not wait.
 
     The arrays lie in memory as JAX's do, features last: torch's `channels_last`.
     """
@@ -153,12 +162,12 @@ def torch_layer(task: Task, x: jax.Array, dy: jax.Array) -> Callable[[], Any]:
 
     def tensor(v):
         v32 = torch.from_numpy(np.array(v, np.float32))
-        return v32.to(getattr(torch, v.dtype.name)).movedim(-1, 1)
+        return v32.to(device, getattr(torch, v.dtype.name)).movedim(-1, 1)
 
     features = x.shape[-1]
     x, dy = tensor(x), tensor(dy)
-    mean, var = torch.zeros(features), torch.ones(features)
-    scale, bias = torch.ones(features), torch.zeros(features)
+    mean, bias = (torch.zeros(features, device=device) for _ in range(2))
+    var, scale = (torch.ones(features, device=device) for _ in range(2))
     for v in (scale, bias, x):
         v.requires_grad_(task.backward)
 

@@ -1,21 +1,24 @@
-"""Runs per second of a sweep, beside Keras and beside a plain Flax training loop.
+"""Circles: 600 runs from the start of the process to its report, and runs/s beside the peers.
 
-The circles network (Dense 50 ReLU, Dense 1 sigmoid; SGD .01 with momentum .9, batches of
-32, 100 epochs of 500 examples) without and with BatchNorm: 100 seeds x 5 learning rates as
-one vmapped program per arm, against the single run that Keras 3 does at a time, and the
-single run of a jitted step in a Python loop.
+`python -m experiments.circles` is timed whole: 6 arms x 100 seeds x 100 epochs, imports,
+compilation, figures and the page included; first with no compiled programs kept, then with
+those of the start before. Below are runs per second of one arm at a time, compilation and an
+evaluation after every epoch included: 100 seeds x 5 learning rates as one vmapped program,
+beside a jitted Flax step in a Python loop and Keras 3 on JAX, which train one run at a time.
 
-Times are whole: ours with compilation and evaluation after each epoch; Keras and Flax with
-theirs, evaluation included. `--repeats` runs of each peer follow each other, and the
-median counts.
+The network is Dense 50 ReLU, with BatchNorm or without, Dense 1 sigmoid; SGD .01 with momentum
+.9, batches of 32 of 400 examples. Of a peer the median of some runs counts.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
@@ -23,22 +26,108 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
 from flax import linen as nn
 
+from benchmarks.machine import describe_machine
+from benchmarks.start import timed
 from bn_jax.data import batch_indices, load
 from bn_jax.linen import BatchNorm
 from bn_jax.measure import Budget, Point, sweep
 from bn_jax.models import MLP
+from bn_jax.report.markdown import table
+from bn_jax.report.text import padded
 from bn_jax.training.run import Run
+from experiments import flags
+from experiments.flags import flag
 
-SEEDS = flags.DEFINE_integer("seeds", 100, "seeds of our sweep")
-EPOCHS = flags.DEFINE_integer("epochs", 100, "epochs of a run")
-REPEATS = flags.DEFINE_integer("repeats", 3, "runs of each peer")
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 BATCH = 32
 # 400 to train on and 100 for validation: all three sides get the same.
 VALIDATION = 0.2
+AIM_SECONDS, AIM_KERAS = 20, 300  # of the whole command; times Keras' runs/s
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """See `python -m benchmarks.sweep --help`."""
+
+    seeds: int = flag(100, "seeds of our sweeps")
+    epochs: int = flag(100, "epochs of a run")
+    whole: bool = flag(True, "time the whole command")
+    starts: int = flag(
+        3, "times that the whole command is timed, with programs kept and without"
+    )
+    repeats: int = flag(3, "runs of each peer")
+
+
+def run(config: Config) -> dict[str, float]:
+    """Prints two tables; seconds of the whole command and ratios to the peers come back."""
+    print(describe_machine("flax", "keras") + "\n")
+    return (whole(config) if config.whole else {}) | beside_peers(config)
+
+
+def whole(config: Config) -> dict[str, float]:
+    """Seconds of the experiment, by whether compiled programs were kept."""
+    seconds: dict[str, list[float]] = {"none kept": [], "kept": []}
+    for _ in range(config.starts):
+        with tempfile.TemporaryDirectory() as folder:
+            for name, times in seconds.items():
+                times.append(timed(command(config, Path(folder), name)))
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    rows = [[name, padded(s), padded(6 * config.seeds / s)] for name, s in medians.items()]
+    header = ["compiled programs", f"seconds (aim {AIM_SECONDS})", "runs/s"]
+    print(table(header, rows))
+    return medians
+
+
+def command(config: Config, folder: Path, name: str) -> tuple[str, ...]:
+    """Arguments of Python."""
+    steps = config.epochs * (500 // BATCH)
+    return (
+        "-m", "experiments.circles", f"--seeds={config.seeds}", f"--steps={steps}",
+        f"--cache_dir={folder / 'cache'}", f"--workdir={folder / name}",
+    )  # fmt: skip
+
+
+def beside_peers(config: Config) -> dict[str, float]:
+    """Our runs/s over each peer's, by arm and peer."""
+    dataset = load("circles", validation_fraction=VALIDATION, scaling="raw")
+    jax.block_until_ready(dataset)
+    rows, ratios = [], {}
+    for arm in ("none", "bn"):
+        runs, seconds, accuracy = ours(dataset, arm, config.seeds, config.epochs)
+        rate = runs / seconds
+        rows.append(
+            [
+                f"{arm}, bn_jax",
+                f"{runs:,}",
+                padded(seconds),
+                padded(rate),
+                "",
+                f"{accuracy:.3f}",
+            ]
+        )
+        for name, peer in (("plain Flax", plain_flax), ("Keras 3", keras_run)):
+            results = [peer(dataset, arm, config.epochs, s) for s in range(config.repeats)]
+            each, accuracy = (statistics.median(v) for v in zip(*results, strict=True))
+            ratios[f"{arm}, {name}"] = ratio = rate * each
+            rows.append(
+                [
+                    f"{arm}, {name}",
+                    "1",
+                    padded(each),
+                    padded(1 / each),
+                    f"{ratio:.0f}",
+                    f"{accuracy:.3f}",
+                ]
+            )
+    print(
+        table(
+            ["arm, side", "runs", "seconds", "runs/s", "bn_jax over it", "test accuracy"], rows
+        )
+    )
+    print(f"Aim: {AIM_KERAS} times Keras' runs/s.\n")
+    return ratios
 
 
 def ours(dataset, arm: str, seeds: int, epochs: int) -> tuple[int, float, float]:
@@ -129,28 +218,5 @@ def keras_run(dataset, arm: str, epochs: int, seed: int) -> tuple[float, float]:
     return time.perf_counter() - start, result
 
 
-def main(_) -> None:
-    """Prints a line for each side and arm, and the ratios."""
-    dataset = load("circles", validation_fraction=VALIDATION, scaling="raw")
-    jax.block_until_ready(dataset)
-    print(f"jax {jax.__version__}, {os.cpu_count()} cores, circles, {EPOCHS.value} epochs")
-    for arm in ("none", "bn"):
-        runs, seconds, accuracy = ours(dataset, arm, SEEDS.value, EPOCHS.value)
-        print(
-            f"{arm:5} bn_jax      {runs:4} runs in {seconds:6.2f} s: {runs / seconds:8.2f} "
-            f"runs/s, test accuracy {accuracy:.3f}",
-            flush=True,
-        )
-        for name, peer in (("plain Flax", plain_flax), ("Keras 3", keras_run)):
-            results = [peer(dataset, arm, EPOCHS.value, s) for s in range(REPEATS.value)]
-            each = statistics.median(t for t, _ in results)
-            print(
-                f"{arm:5} {name:11} one run in {each:7.2f} s: {1 / each:8.2f} runs/s, "
-                f"test accuracy {statistics.median(a for _, a in results):.3f}; "
-                f"bn_jax / {name} = {runs / seconds * each:.0f}",
-                flush=True,
-            )
-
-
 if __name__ == "__main__":
-    app.run(main)
+    flags.main(Config, run)

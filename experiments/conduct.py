@@ -59,6 +59,8 @@ def conduct(
     write: Callable[..., None] | None = None,
     watch: Callable[[str, Any], None] = lambda arm, evaluation: None,
     refusal: str | None = None,
+    load: Callable[[Config], Any] = load_data,
+    build: Callable[[Config, Arm, Any], Any] = build_run,
 ) -> dict[str, Any]:
     """Trains the arms and fills the workdir; what `summary.json` holds comes back.
 
@@ -73,17 +75,19 @@ def conduct(
         in `kept`, a dict by (arm, `Point`, seed), is part of checkpoints.
       refusal: arms whose layers refuse with a message that has these words are left out;
         by default that is an error.
+      load: from the flags to the dataset.
+      build: from the flags, an arm and the dataset to its `bn_jax.training.run.Run`.
     """
     start = time.perf_counter()
     xla_flags = start_jax(config)
     import jax
 
-    dataset = load_data(config)
+    dataset = load(config)
     command = workdir.command(config, experiment)
     config = in_steps(config, dataset)
-    runs = _build(config, arms, dataset, refusal)
+    runs = _build(build, config, arms, dataset, refusal)
     with workdir.entered(config, experiment) as (folder, shared):
-        if finished := workdir.finished(shared):
+        if (finished := workdir.finished(shared)) is not None:
             return finished
         devices = [f"{d.platform}: {d.device_kind}" for d in jax.devices()]
         settings = workdir.write_config(
@@ -123,11 +127,11 @@ def write_tables(_: Any, summary: dict, settings: dict, folder: Path, figures: A
     crossed.print_summary(summary)
 
 
-def _build(config, arms, dataset, refusal):
+def _build(build, config, arms, dataset, refusal):
     runs = {}
     for name, arm in arms.items():
         try:
-            runs[name] = build_run(config, arm, dataset)
+            runs[name] = build(config, arm, dataset)
         except UserError as e:
             if refusal is None or refusal not in str(e):
                 raise

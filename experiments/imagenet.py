@@ -41,7 +41,7 @@ def run(config: Config) -> dict[str, Any]:
     command = workdir.command(config, EXPERIMENT)
     config, networks = arms.build(config, sets)
     with workdir.entered(config, EXPERIMENT) as (folder, shared):
-        if finished := workdir.finished(shared):
+        if (finished := workdir.finished(shared)) is not None:
             return finished
         devices = [f"{d.platform}: {d.device_kind}" for d in jax.devices()]
         settings = workdir.write_config(

@@ -90,6 +90,12 @@ class Together:
         inputs = (*_put(self._layout, chunk), self._dataset)
         return self._advance(state, *inputs, np.int32(first_step))
 
+    def training_memory(self) -> int:
+        """Bytes that `advance` holds on a device: arguments, results, temporaries."""
+        found = self._advance.memory_analysis()
+        held = found.argument_size_in_bytes + found.temp_size_in_bytes
+        return held + found.output_size_in_bytes - found.alias_size_in_bytes
+
     def evaluate(self, state: Any, chunk: Chunk) -> dict[str, np.ndarray]:
         """Losses, accuracies and `diverged_at`, `[points, seeds]` each."""
         report = self._evaluate(state, *_put(self._layout, chunk), self._dataset)

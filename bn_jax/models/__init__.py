@@ -1,5 +1,6 @@
 """Networks whose normalisation is a constructor argument, one family per file."""
 
+from bn_jax.models.airbench import Airbench
 from bn_jax.models.cifar import CifarA, CifarB
 from bn_jax.models.cnn import CNN
 from bn_jax.models.inception import Inception
@@ -14,6 +15,7 @@ FAMILIES = {
     "cnn": CNN,
     "cifar_a": CifarA,
     "cifar_b": CifarB,
+    "airbench": Airbench,
     "lstm": LSTM,
     "inception": Inception,
     "resnet18": ResNet18,
@@ -31,6 +33,7 @@ __all__ = [
     "NORMS",
     "OWN_PLACES",
     "PLACES",
+    "Airbench",
     "CifarA",
     "CifarB",
     "GroupNorm",

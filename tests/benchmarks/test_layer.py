@@ -141,7 +141,7 @@ def test_verdict():
         for t, f in zip(TASKS, fractions, strict=True)
     ]
     text = "\n".join(layer.verdict(rows))
-    assert re.findall(r"\d\.\d+", text) == ["1.20", "0.80", "0.75", "0.30", "0.5"]
+    assert re.findall(r"\d\.\d+", text) == ["1.20", "0.80", "0.6", "0.30", "0.4"]
     assert "forward, 64x2 float32" in text
     assert "4x4" not in text
 
