@@ -6,6 +6,7 @@ from benchmarks import accumulate
 from bn_jax.errors import UserError
 
 
+@pytest.mark.long
 def test_one_form_is_exact_and_the_other_is_not():
     config = accumulate.Config(
         models=("mlp",), batch=8, size=2, micro_batches=(2,), rounds=1, page_faults=True

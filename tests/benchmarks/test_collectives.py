@@ -16,6 +16,7 @@ def table(monkeypatch, capsys):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
+@pytest.mark.long
 def test_what_is_printed(table):
     found = {(row[0], row[1], row[2]): row[3:] for row in table}
     assert len(found) == len(collectives.cases([1, 2])) == 8

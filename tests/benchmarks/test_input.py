@@ -1,11 +1,13 @@
 import io
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from benchmarks import input as program
 
 
+@pytest.mark.long
 def test_what_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(program, "FEATURES", (2, 3, 4))
     sets = ("digits", "no_such_set")

@@ -1,0 +1,117 @@
+"""Writes docs/performance.md: every benchmark, one after another, in a process of its own.
+
+A section of the page is a program's docstring, the command, and what the command printed. With
+`--only` these sections alone are written anew, and the others stay: so what ran on a GPU stands
+beside what ran on a processor.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from bn_jax.errors import UserError
+from bn_jax.report import write_atomically
+from experiments import flags
+from experiments.flags import flag
+
+FIGURE = "figures/scaling.png"
+# By the order of the page; with the arguments that are not their defaults.
+PROGRAMS: dict[str, tuple[str, ...]] = {
+    "layer": (),
+    "cnn_step": (),
+    "mlp_steps": (),
+    "sweep": (),
+    "start": (),
+    "input": (),
+    "scaling": (f"--figure=docs/{FIGURE}",),
+    "collectives": (),
+    "tricks": (),
+    "gpu": (),
+}
+ON_GPU = ("gpu",)
+INTRODUCTION = """\
+# Performance
+
+What the programs of `benchmarks/` printed, each beside what others do in the same minutes:
+ratios tell more than milliseconds, as a machine that is shared has slow minutes. All of it:
+`python -m benchmarks.all`, with the packages of `requirements-dev.txt`.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """See `python -m benchmarks.all --help`."""
+
+    only: tuple[str, ...] = flag((), "programs to run; by default all but those of a GPU")
+    out: str = flag("docs/performance.md", "the page")
+
+    def __post_init__(self):
+        for name in self.only:
+            if name not in PROGRAMS:
+                raise UserError(f"--only={name}: choose from {', '.join(PROGRAMS)}")
+
+
+def run(config: Config) -> None:
+    """Runs the programs and writes the page after each: what is finished is not lost."""
+    out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sections = read(out)
+    for name in config.only or [n for n in PROGRAMS if n not in ON_GPU]:
+        start = time.perf_counter()
+        sections[name] = section(name, printed(name))
+        write_atomically(out, page(sections))
+        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def read(page: Path) -> dict[str, str]:
+    """The sections of the page as it is, by program."""
+    text = page.read_text() if page.exists() else ""
+    parts = re.split(r"^## (.*)\n", text, flags=re.MULTILINE)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def page(sections: dict[str, str]) -> str:
+    """The whole page, in the order of `PROGRAMS`."""
+    chosen = [f"## {name}\n{sections[name]}" for name in PROGRAMS if name in sections]
+    return "\n".join([INTRODUCTION, *(part.rstrip() + "\n" for part in chosen)])
+
+
+def command(name: str) -> list[str]:
+    """As one types it, but for the Python."""
+    return ["-m", f"benchmarks.{name}", *PROGRAMS[name]]
+
+
+def printed(name: str) -> str:
+    """What the program prints; what it says to stderr is shown.
+
+    Raises:
+      UserError: it ended with an error.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(
+        [sys.executable, *command(name)], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        raise UserError(f"benchmarks.{name} ended with exit status {done.returncode}")
+    return done.stdout
+
+
+def section(name: str, output: str) -> str:
+    """Below its heading."""
+    source = Path(__file__).with_name(f"{name}.py").read_text()
+    about = ast.get_docstring(ast.parse(source))
+    figures = [a.split("=docs/")[1] for a in PROGRAMS[name] if a.startswith("--figure=")]
+    shown = "".join(f"![{name}]({figure})\n" for figure in figures)
+    line = " ".join(["python", *command(name)])
+    return f"{about}\n\n```\n{line}\n```\n{output.strip()}\n\n{shown}"
+
+
+if __name__ == "__main__":
+    flags.main(Config, run)

@@ -1,0 +1,107 @@
+"""CIFAR-10's network A: a training step, and an epoch with its input, beside the peers.
+
+Batches of 256, Adam, float32. Every side is in a process of its own, as its users would have
+it: ours with the flags that `bn_jax.training.xla` sets, the peers without. `step` is on one
+batch in memory that is float32 already; `epoch` takes its images from bytes, shuffled, moved
+and mirrored (Keras' layers interpolate where the others move by whole pixels). All sides do one
+after the other in every round, and ratios are the medians of those within a round.
+
+Below, the FLOP of a step (XLA's count of its program before optimisation) over its time, as a
+share of what one large matrix product reaches here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.machine import describe_machine
+from benchmarks.payload import describe
+from benchmarks.peers.process import SIDES, check_sides, programs, sides
+from benchmarks.peers.task import Task
+from benchmarks.timing import interleave, median_ratio
+from bn_jax.linen import BatchNorm
+from bn_jax.models import CifarA
+from bn_jax.report.markdown import table
+from bn_jax.report.text import padded, whole
+from experiments import flags
+from experiments.flags import flag
+
+OURS, IMAGES = "bn_jax", 50_000
+# What bn_jax's images/s are to be, in terms of a peer's.
+AIMS = {"plain Flax": 1.5, "torch": 1.1, "Keras on JAX": 2.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """See `python -m benchmarks.cnn_step --help`."""
+
+    sides: tuple[str, ...] = flag(tuple(SIDES), "what to time, of these")
+    features: tuple[int, ...] = flag((32, 64, 128, 512, 128), "of the network")
+    image: int = flag(32, "height and width")
+    batch: int = flag(256, "images in a step")
+    images: int = flag(2560, f"of an epoch; CIFAR-10 has {IMAGES:,}")
+    rounds: int = flag(7, "how often each is timed")
+    matrix: int = flag(2048, "rows and columns of the matrices")
+
+    def __post_init__(self):
+        check_sides(self.sides)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Prints two tables and the share; seconds of every round come back, by program."""
+    print(describe_machine("flax", "torch", "keras") + "\n")
+    shape = (config.image, config.image, 3)
+    task = Task("cifar_a", config.features, shape, config.images, config.batch, augment=True)
+    processes = sides(config.sides, task)
+    found = {}
+    for name, images in (("step", task.batch), ("epoch", task.batch * task.steps)):
+        found[name] = interleave(programs(processes, name), config.rounds)
+        print(beside(name, images, found[name]))
+    for process in processes.values():
+        process.close()
+    if OURS in found["step"]:
+        flop = task.batch * describe("A", CifarA(task.features, norm=BatchNorm), shape).flop
+        print(share(flop, statistics.median(found["step"][OURS]), config.matrix))
+    return found
+
+
+def beside(name: str, images: int, seconds: dict[str, list[float]]) -> str:
+    """A row for each side: its time, and how many times its images/s ours are."""
+    rows = []
+    for side, times in seconds.items():
+        median = statistics.median(times)
+        ratio = median_ratio(seconds, side, OURS) if OURS in seconds else float("nan")
+        aim = f"{ratio:.2f} (aim {AIMS[side]:g})" if side in AIMS else f"{ratio:.2f}"
+        rows.append([side, padded(median), whole(images / median), aim])
+    return table(
+        [f"{name} of {images:,} images", "seconds", "images/s", "bn_jax over it"], rows
+    )
+
+
+def share(flop: float, seconds: float, size: int) -> str:
+    """Rates of the step and of a matrix product, and the former in terms of the latter."""
+    rate, most = flop / seconds, matrix_rate(size)
+    return (
+        f"A step of bn_jax is {flop / 1e9:.1f} GFLOP: {rate / 1e9:.0f} GFLOP/s, "
+        f"{rate / most:.0%} of the {most / 1e9:.0f} GFLOP/s of a product of "
+        f"{size:,} x {size:,} float32 matrices.\n"
+    )
+
+
+def matrix_rate(size: int, rounds: int = 9) -> float:
+    """FLOP/s of a matrix product."""
+    a = jax.random.normal(jax.random.key(0), (size, size))
+    product: Callable[[], Any] = functools.partial(jax.jit(jnp.dot), a, a)
+    times = interleave({"product": product}, rounds)["product"]
+    return 2 * size**3 / statistics.median(times)
+
+
+if __name__ == "__main__":
+    flags.main(Config, run)

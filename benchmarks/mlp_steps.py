@@ -1,0 +1,65 @@
+"""The paper's MNIST network: a training step beside the peers', and five runs at once.
+
+Three layers of 100 sigmoids with BatchNorm before each, batches of 60 images of 28 x 28 bytes,
+plain SGD (Ioffe & Szegedy 2015, section 4.1: 50,000 steps). A side trains on all images once in
+every round, shuffled, in a process of its own; ratios are the medians of those within a round.
+`bn_jax x 5` trains five seeds in one program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+
+from benchmarks.machine import describe_machine
+from benchmarks.peers import ours
+from benchmarks.peers.process import SIDES, Process, check_sides, programs, sides
+from benchmarks.peers.task import Task
+from benchmarks.timing import interleave, median_ratio
+from bn_jax.report.markdown import table
+from bn_jax.report.text import padded
+from experiments import flags
+from experiments.flags import flag
+
+OURS, STEPS = "bn_jax", 50_000
+AIM_STEP, AIM_TOGETHER = 0.4, 3  # milliseconds; times one run
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """See `python -m benchmarks.mlp_steps --help`."""
+
+    sides: tuple[str, ...] = flag(tuple(SIDES), "what to time, of these")
+    features: tuple[int, ...] = flag((100, 100, 100), "widths of the hidden layers")
+    batch: int = flag(60, "images in a step")
+    images: int = flag(60_000, "that are trained on in a round")
+    runs: int = flag(5, "that are trained at once")
+    rounds: int = flag(7, "how often each is timed")
+
+    def __post_init__(self):
+        check_sides(self.sides)
+
+
+def run(config: Config) -> dict[str, list[float]]:
+    """Prints the table and the aims; seconds of every round come back."""
+    print(describe_machine("flax", "torch", "keras") + "\n")
+    shape = (28, 28, 1)
+    task = Task("mlp", config.features, shape, config.images, config.batch, augment=False)
+    together = f"{OURS} x {config.runs}"
+    processes = sides(config.sides, task)
+    processes[together] = Process(ours.prepare, task, config.runs)
+    seconds = interleave(programs(processes, "epoch"), config.rounds)
+    for process in processes.values():
+        process.close()
+    rows = []
+    for side, times in seconds.items():
+        step = statistics.median(times) / task.steps
+        ratio = median_ratio(seconds, side, OURS) if OURS in seconds else float("nan")
+        rows.append([side, padded(1e3 * step), padded(STEPS * step), f"{ratio:.2f}"])
+    print(table(["", "ms a step", f"seconds for {STEPS:,}", "over bn_jax"], rows))
+    print(f"Aims: {AIM_STEP} ms a step, {together} at most {AIM_TOGETHER} times {OURS}.\n")
+    return seconds
+
+
+if __name__ == "__main__":
+    flags.main(Config, run)

@@ -1,0 +1,77 @@
+"""bn_jax's side: the engines that experiments train with."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks.peers.task import CLASSES, Task
+from bn_jax.data import Dataset, Split, augmentation, batch_indices
+from bn_jax.linen import BatchNorm
+from bn_jax.measure import Budget, Point
+from bn_jax.measure.engines import engine_class
+from bn_jax.measure.grid import chunks
+from bn_jax.measure.layouts import Single
+from bn_jax.models import MLP, CifarA
+from bn_jax.training.run import Run
+from bn_jax.training.xla import set_flags
+
+
+def prepare(task: Task, runs: int = 1, flags: bool = True) -> dict[str, Callable[[], Any]]:
+    """The programs, and `parameters`; an epoch trains so many runs, together where it pays."""
+    if flags:
+        set_flags()
+    run, dataset = training(task), data(task)
+    (chunk,) = chunks([Point(task.learning_rate, 1.0, 0.9)], range(runs), runs)
+    layout, budget = Single(), Budget(task.steps, task.steps)
+    engine = engine_class(run, dataset, layout)(run, dataset, budget, layout, chunk)
+    states = [engine.init(chunk)]
+    one = engine.pick(states[0], 0, 0)
+    swept = jax.tree.map(lambda v: v[0], chunk.swept)
+    batch = jnp.arange(task.batch)
+    compiled = jax.jit(run.step)
+
+    def step():
+        return jax.block_until_ready(compiled(one, swept, dataset.train, batch))
+
+    def epoch():
+        states[0] = jax.block_until_ready(engine.advance(states[0], chunk, 0))
+
+    count = sum(v.size for v in jax.tree.leaves(one.train.params))
+    gc.freeze()
+    return {"step": step, "epoch": epoch, "parameters": lambda: count}
+
+
+def training(task: Task) -> Run:
+    """The network with its optimizer."""
+    networks = {
+        "mlp": functools.partial(MLP, activation="sigmoid"),
+        "cifar_a": CifarA,
+    }
+    optimizers = {"mlp": optax.sgd, "cifar_a": optax.adam}
+
+    def model(swept):
+        norm = functools.partial(BatchNorm, momentum=swept.momentum)
+        return networks[task.network](task.features, CLASSES, norm=norm)
+
+    def batches(key, first_step, steps):
+        return batch_indices(key, first_step, steps, task.images, task.batch)
+
+    augment = augmentation(("shift", "flip") if task.augment else ())
+    scaled = data(task._replace(images=1)).scaled
+    return Run(model, optimizers[task.network], scaled, batches, augment=augment)
+
+
+def data(task: Task) -> Dataset:
+    """The images, as pixels / 255."""
+    train = Split(*jax.device_put(task.examples()))
+    held_out = Split(train.inputs[:1], train.labels[:1])
+    zero, factor = np.float32(0), np.float32(1 / 255)
+    return Dataset(train, held_out, held_out, CLASSES, zero, factor)

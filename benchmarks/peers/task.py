@@ -1,0 +1,47 @@
+"""What all sides train: the paper's MLP, or CIFAR-10's network A, on images of noise."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+CLASSES = 10
+SHIFT = 3  # pixels of 32: `bn_jax.data.augment.SHIFT`
+
+
+class Task(NamedTuple):
+    """A network and its training.
+
+    Attributes:
+      network: `mlp` (sigmoids with BatchNorm before each; SGD) or `cifar_a`
+        (`bn_jax.models.CifarA`; Adam).
+      features: as the network has them.
+      image: height, width and channels.
+      images: of an epoch.
+      batch: images of a step.
+      augment: move and mirror every image of an epoch.
+    """
+
+    network: str
+    features: tuple[int, ...]
+    image: tuple[int, int, int]
+    images: int
+    batch: int
+    augment: bool
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the network's optimizer."""
+        return 0.1 if self.network == "mlp" else 1e-3
+
+    @property
+    def steps(self) -> int:
+        """Of an epoch."""
+        return self.images // self.batch
+
+    def examples(self) -> tuple[np.ndarray, np.ndarray]:
+        """Images uint8 `[images, height, width, channels]` and labels int32 `[images]`."""
+        rng = np.random.default_rng(0)
+        pixels = rng.integers(0, 256, (self.images, *self.image), dtype=np.uint8)
+        return pixels, rng.integers(0, CLASSES, self.images, dtype=np.int32)

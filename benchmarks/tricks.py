@@ -1,0 +1,184 @@
+"""What each thing that we do for speed gains: the same work with it and without it.
+
+Both are timed side by side, and `gain` is the median of the ratios within a round. What gains
+less than 10 % where it counts has no place in the code.
+
+Tried, and not kept, as they did not pay (XLA on CPU):
+
+- Both sums of a BatchNorm in one `lax.reduce` of two numbers, or packed into complex ones, so
+  that x is read once: XLA vectorises neither, and each took several times what two sums take.
+- The mean first and then the squares of what is left: for a layer by itself one pass more over
+  x than sums about a sampled shift. Under `vmap`, on batches of tens, it would be the faster of
+  the two; one rule for all was kept.
+- Leaving YNN out of programs with images: its sums over large arrays are several times as fast
+  as XLA's own, so it is left out of vmapped programs of dense layers alone.
+- Sums of bfloat16 arrays without a float32 copy of them: XLA on CPU makes one all the same.
+- Compiling an engine's programs side by side in threads: a second of a sweep of thirty.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from benchmarks.machine import describe_machine
+from benchmarks.peers import ours
+from benchmarks.peers.process import Process
+from benchmarks.peers.task import Task
+from benchmarks.timing import interleave, keep_memory, median_ratio
+from bn_jax import batch_norm, moments, normalize
+from bn_jax.data.batches import permutation
+from bn_jax.measure import Budget, Point, engines
+from bn_jax.measure.grid import chunks
+from bn_jax.measure.layouts import Single
+from bn_jax.models.pooling import max_pool
+from bn_jax.report.markdown import table
+from bn_jax.report.text import padded
+from experiments import flags
+from experiments.flags import flag
+
+MLP = Task("mlp", (50,), (1, 2, 1), 480, 32, augment=False)  # as circles' network
+CNN = Task("cifar_a", (8, 16, 64, 32), (16, 16, 3), 128, 32, augment=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """See `python -m benchmarks.tricks --help`."""
+
+    shape: tuple[int, ...] = flag((256, 32, 32, 32), "of a layer's array, features last")
+    runs: int = flag(100, "in a sweep of circles' network")
+    batch: int = flag(256, "of the step of network A")
+    features: tuple[int, ...] = flag((32, 64, 128, 512, 128), "of network A")
+    rounds: int = flag(9, "how often each is timed")
+
+
+class Trick(NamedTuple):
+    """Two calls that do the same."""
+
+    what: str
+    instead: str
+    on: Callable[[], Any]
+    off: Callable[[], Any]
+
+
+def run(config: Config) -> dict[str, float]:
+    """Prints a table; the gains come back, by trick."""
+    keep_memory()
+    print(describe_machine() + "\n")
+    rows, gains = [], {}
+    kinds = (of_layers, of_sweeps, of_networks)
+    for trick in itertools.chain.from_iterable(kind(config) for kind in kinds):
+        seconds = interleave({"on": trick.on, "off": trick.off}, config.rounds)
+        gains[trick.what] = median_ratio(seconds, "off", "on")
+        times = (padded(1e3 * statistics.median(seconds[k])) for k in ("on", "off"))
+        rows.append([trick.what, trick.instead, *times, f"{gains[trick.what]:.2f}"])
+    print(table(["what", "in place of", "ms", "ms without", "gain"], rows))
+    return gains
+
+
+def of_layers(config: Config) -> Iterator[Trick]:
+    """A BatchNorm by itself."""
+    keys = jax.random.split(jax.random.key(0))
+    x, dy = (jax.random.normal(key, config.shape) for key in keys)
+    one = jnp.ones(config.shape[-1])
+
+    def both(f):
+        def program(x, scale, bias, dy):
+            y, vjp = jax.vjp(f, x, scale, bias)
+            return y, vjp(dy)
+
+        return functools.partial(jax.jit(program), x, one, one, dy)
+
+    def plain(x, scale, bias):
+        batch = moments(x)
+        return normalize(x, batch.mean, batch.var, scale, bias)
+
+    def closed(x, scale, bias, activation=None):
+        return batch_norm(x, scale, bias, activation=activation)[0]
+
+    yield Trick("gradient in closed form", "autodiff's", both(closed), both(plain))
+    yield Trick(
+        "BN+ReLU as one function", "one after the other",
+        both(functools.partial(closed, activation=nn.relu)),
+        both(lambda *v: nn.relu(closed(*v))),
+    )  # fmt: skip
+
+
+def pooling(config: Config) -> Trick:
+    """Forward and backward."""
+    x = jax.random.normal(jax.random.key(0), config.shape)
+
+    def both(f):
+        return functools.partial(jax.jit(jax.grad(lambda x: f(x).sum())), x)
+
+    return Trick(
+        "max-pool in slices", "flax.linen.max_pool",
+        both(lambda x: max_pool(x, 2, 2, "VALID")),
+        both(lambda x: nn.max_pool(x, (2, 2), (2, 2))),
+    )  # fmt: skip
+
+
+def of_sweeps(config: Config) -> Iterator[Trick]:
+    """Many runs of a small network."""
+    keys = jax.random.split(jax.random.key(0), config.runs)
+
+    def shuffle(f):
+        return functools.partial(jax.jit(jax.vmap(lambda key: f(key, MLP.images))), keys)
+
+    yield Trick(
+        "shuffling by single 64-bit numbers", "jax.random.permutation",
+        shuffle(permutation), shuffle(jax.random.permutation),
+    )  # fmt: skip
+    trained = functools.partial(training, engines.Together, MLP)
+    with mock.patch.object(engines, "without_library", dict):
+        library = trained(config.runs)
+    yield Trick("sweeps without the YNN library", "with it", trained(config.runs), library)
+    alone = trained(1)
+    yield Trick(
+        f"{config.runs} runs in one program", "one after another",
+        trained(config.runs), lambda: [alone() for _ in range(config.runs)],
+    )  # fmt: skip
+
+
+def of_networks(config: Config) -> Iterator[Trick]:
+    """Convolutions."""
+    yield pooling(config)
+    yield Trick(
+        "convolutional steps from Python", "in a scan",
+        training(engines.InTurn, CNN), training(engines.Together, CNN),
+    )  # fmt: skip
+    n = config.batch
+    task = Task("cifar_a", config.features, (32, 32, 3), n, n, augment=False)
+    on, off = (Process(ours.prepare, task, 1, flags) for flags in (True, False))
+    yield Trick(
+        "XLA's own convolutions", "those of YNN",
+        functools.partial(on.call, "step"), functools.partial(off.call, "step"),
+    )  # fmt: skip
+    on.close()
+    off.close()
+
+
+def training(engine: type, task: Task, runs: int = 1) -> Callable[[], Any]:
+    """A call that trains an epoch of so many runs."""
+    (chunk,) = chunks([Point(task.learning_rate, 1.0, 0.9)], range(runs), runs)
+    budget = Budget(task.steps, task.steps)
+    made = engine(ours.training(task), ours.data(task), budget, Single(), chunk)
+    state = [made.init(chunk)]
+
+    def go():
+        state[0] = jax.block_until_ready(made.advance(state[0], chunk, 0))
+
+    return go
+
+
+if __name__ == "__main__":
+    flags.main(Config, run)

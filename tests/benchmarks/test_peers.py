@@ -1,0 +1,88 @@
+"""What all sides of a training benchmark do is the same, as far as it can be told."""
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import cnn_step, mlp_steps
+from benchmarks.peers import flax_loop, ours, torch_loop
+from benchmarks.peers.process import SIDES
+from benchmarks.peers.task import Task
+
+CNN = Task("cifar_a", (2, 3, 5, 4), (8, 8, 3), 12, 6, augment=True)
+MLP = Task("mlp", (5, 4), (4, 4, 1), 12, 6, augment=False)
+# Kernels and biases, then scale and bias of the norms.
+PARAMETERS = {
+    "cifar_a": 3 * 9 * 2 + 2 * 9 * 2 + 2 * 9 * 3 + 3 * 9 * 3 + 12 * 5 + 5 * 4 + 4 * 10
+    + (2 + 2 + 3 + 3 + 5 + 4 + 10) + 2 * (2 + 2 + 3 + 3 + 5),
+    "mlp": 16 * 5 + 5 * 4 + 4 * 10 + 10 + 2 * (5 + 4),
+}  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("side", [ours, flax_loop, torch_loop], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("task", [CNN, MLP], ids=lambda t: t.network)
+def test_the_network_and_its_training(side, task):
+    if side is torch_loop:
+        pytest.importorskip("torch")
+    programs = side.prepare(task)
+    assert programs["parameters"]() == PARAMETERS[task.network]
+    programs["step"]()
+    programs["epoch"]()
+    programs["epoch"]()
+
+
+def test_torch_moves_images_as_we_do():
+    """Whole pixels, edges repeated, each image in a way of its own."""
+    torch = pytest.importorskip("torch")
+    image = np.random.default_rng(0).normal(size=(1, 3, 8, 8)).astype(np.float32)
+    torch.manual_seed(0)
+    images = torch_loop.moved(torch.from_numpy(np.repeat(image, 64, 0))).numpy()
+    padded = np.pad(image[0], ((0, 0), (3, 3), (3, 3)), mode="edge")
+    cuts = [padded[:, i : i + 8, j : j + 8] for i in range(7) for j in range(7)]
+    ways = np.stack([*cuts, *(cut[..., ::-1] for cut in cuts)])
+    found = [int(np.argmax((ways == image).all((1, 2, 3)))) for image in images]
+    assert all((ways[way] == image).all() for way, image in zip(found, images, strict=True))
+    assert len(set(found)) > 30
+
+
+def test_flax_moves_images_as_we_do():
+    image = np.random.default_rng(0).normal(size=(1, 8, 8, 3)).astype(np.float32)
+    images = np.asarray(flax_loop.moved(jax.random.key(0), np.repeat(image, 64, 0)))
+    padded = np.pad(image[0], ((3, 3), (3, 3), (0, 0)), mode="edge")
+    cuts = [padded[i : i + 8, j : j + 8] for i in range(7) for j in range(7)]
+    ways = np.stack([*cuts, *(cut[:, ::-1] for cut in cuts)])
+    found = [int(np.argmax((ways == image).all((1, 2, 3)))) for image in images]
+    assert all((ways[way] == image).all() for way, image in zip(found, images, strict=True))
+    assert len(set(found)) > 30
+
+
+@pytest.mark.long
+def test_the_convolutional_network(capsys):
+    small = {"features": CNN.features, "image": 8, "batch": 6, "images": 12, "rounds": 1}
+    found = cnn_step.run(cnn_step.Config(sides=("bn_jax",), matrix=8, **small))
+    assert {name: list(sides) for name, sides in found.items()} == {
+        "step": ["bn_jax"], "epoch": ["bn_jax"],
+    }  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "| step of 6 images |" in printed
+    assert "| epoch of 12 images |" in printed
+    assert "GFLOP/s of a product of 8 x 8" in printed
+
+
+def test_an_unknown_side_is_refused():
+    with pytest.raises(ValueError, match=r"nobody.*bn_jax, plain Flax"):
+        cnn_step.Config(sides=("nobody",))
+
+
+@pytest.mark.long
+def test_all_sides(capsys):
+    pytest.importorskip("torch")
+    pytest.importorskip("keras")
+    small = {"features": MLP.features, "batch": 6, "images": 12, "rounds": 1}
+    seconds = mlp_steps.run(mlp_steps.Config(runs=2, **small))
+    assert list(seconds) == [*SIDES, "bn_jax x 2"]
+    rows = [r for r in capsys.readouterr().out.splitlines() if r.startswith("| bn_jax |")]
+    assert rows[0].endswith("| 1.00 |")
+    small = {"features": CNN.features, "image": 8, "batch": 6, "images": 12, "rounds": 1}
+    assert list(cnn_step.run(cnn_step.Config(matrix=8, **small))["epoch"]) == list(SIDES)
