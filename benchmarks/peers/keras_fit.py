@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +12,6 @@ from benchmarks.peers.task import CLASSES, SHIFT, Task
 
 def prepare(task: Task) -> dict[str, Callable[[], Any]]:
     """The programs, and `parameters`; images are moved by Keras' own layers."""
-    if os.environ["KERAS_BACKEND"] == "torch":
-        from benchmarks.contestants import import_torch
-
-        import_torch()
     import keras
 
     images, labels = task.examples()

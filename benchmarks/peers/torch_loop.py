@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.contestants import import_torch
 from benchmarks.peers.task import CLASSES, SHIFT, Task
 
 
 def prepare(task: Task) -> dict[str, Callable[[], Any]]:
     """The programs, and `parameters`."""
-    torch = import_torch()
+    import torch
+
     net = network(task).to(memory_format=torch.channels_last)
     make = torch.optim.SGD if task.network == "mlp" else torch.optim.Adam
     optimizer, loss_of = make(net.parameters(), task.learning_rate), torch.nn.CrossEntropyLoss()
