@@ -46,49 +46,58 @@ class Together:
     limit = None
 
     def __init__(self, run: Run, dataset: Any, budget: Budget, layout: Single, example: Chunk):
-        self._layout, self._dataset = layout, layout.put(dataset, "all")
+        self._layout, self._budget = layout, budget
+        self._dataset = layout.put(dataset, "all")
         runs = example.runs // math.prod(layout.block)  # of a device
 
-        def init(_, key, swept, dataset):
-            return run.init(key, swept, dataset.train.inputs)
+        def init(_, key, swept, split):
+            return run.init(key, swept, split.inputs)
 
-        def advance(state, key, swept, dataset, first_step):
-            rows = run.batches(data_key(key), first_step, budget.eval_every)
-            state = state._replace(sums=NO_SUMS)
+        def order(key, first_step):
+            return run.batches(data_key(key), first_step, budget.eval_every)
 
+        def advance(state, key, swept, rows, split):
             def step(state, rows):
-                return run.step(state, swept, dataset.train, rows), None
+                return run.step(state, swept, split, rows), None
 
-            return lax.scan(step, state, rows)[0]
+            return lax.scan(step, state._replace(sums=NO_SUMS), rows)[0]
 
-        def evaluate(state, key, swept, dataset):
-            def means(split):
-                rows = _rows(split, budget, runs)
-                sums = lax.map(lambda r: run.evaluate(state, swept, split, r), rows)
-                return jax.tree.map(jnp.sum, sums)
-
-            sums = means(dataset.validation), means(dataset.test)
-            return _report(state, *sums, dataset, budget)
+        def count(state, key, swept, split, rows):
+            sums = lax.map(lambda r: run.evaluate(state, swept, split, r), rows)
+            return jax.tree.map(jnp.sum, sums)
 
         def program(f, *more, donate=()):
-            return layout.program(_over_grid(f, len(more)), (*RUN, *more), donate)
+            return layout.program(_over_grid(f, more), (*RUN, *more), donate)
 
-        inputs = (*_put(layout, example), self._dataset)
-        init, advance = program(init, "all"), program(advance, "all", "all", donate=(0,))
-        state = jax.eval_shape(init, None, *inputs)
-        self._init = init.lower(None, *inputs).compile(RUN_ONCE)
+        inputs, train, zero = _put(layout, example), self._dataset.train, np.int32(0)
+        init = program(init, "all")
+        order = layout.program(jax.vmap(order, (0, None)), ("seed", "all"), out="seed")
+        advance = program(advance, "seed", "all", donate=(0,))
+        count = program(count, "all", "all")
+        state = jax.eval_shape(init, None, *inputs, train)
+        rows = jax.eval_shape(order, inputs[0], zero)
         options = without_library() if jax.default_backend() == "cpu" else {}
-        self._advance = advance.lower(state, *inputs, np.int32(0)).compile(options)
-        self._evaluate = program(evaluate, "all").lower(state, *inputs).compile(options)
+        self._init = init.lower(None, *inputs, train).compile(RUN_ONCE)
+        self._order = order.lower(inputs[0], zero).compile(options)
+        self._advance = advance.lower(state, *inputs, rows, train).compile(options)
+        self._held_out = [
+            (split, layout.put(_rows(split, budget, runs), "all"))
+            for split in _held_out(self._dataset)
+        ]
+        self._count = [
+            count.lower(state, *inputs, *held_out).compile(options)
+            for held_out in self._held_out
+        ]
 
     def init(self, chunk: Chunk) -> Any:
         """The state of every run before its first step."""
-        return self._init(None, *_put(self._layout, chunk), self._dataset)
+        return self._init(None, *_put(self._layout, chunk), self._dataset.train)
 
     def advance(self, state: Any, chunk: Chunk, first_step: int) -> Any:
         """The state `eval_every` steps later."""
-        inputs = (*_put(self._layout, chunk), self._dataset)
-        return self._advance(state, *inputs, np.int32(first_step))
+        keys, swept = _put(self._layout, chunk)
+        rows = self._order(keys, np.int32(first_step))
+        return self._advance(state, keys, swept, rows, self._dataset.train)
 
     def training_memory(self) -> int:
         """Bytes that `advance` holds on a device: arguments, results, temporaries."""
@@ -98,8 +107,10 @@ class Together:
 
     def evaluate(self, state: Any, chunk: Chunk) -> dict[str, np.ndarray]:
         """Losses, accuracies and `diverged_at`, `[points, seeds]` each."""
-        report = self._evaluate(state, *_put(self._layout, chunk), self._dataset)
-        return everyone(report)
+        inputs = _put(self._layout, chunk)
+        pairs = zip(self._count, self._held_out, strict=True)
+        sums = [count(state, *inputs, *held_out) for count, held_out in pairs]
+        return _report(state, sums, self._dataset, self._budget)
 
     def pick(self, state: Any, i: int, j: int) -> RunState:
         """A copy of the state of the run of point i and seed j."""
@@ -144,15 +155,15 @@ class InTurn:
         rows = layout.put(self._order(None, *inputs, zero), "order")
         step = program(step, "all", "all", "order", donate=(0,))
         self._step = step.lower(state, *inputs, train, zero, rows).compile()
-        self._rows = {
-            name: [layout.put(r, "rows") for r in _rows(split, budget, 1)]
-            for name, split in _held_out(self._dataset)
-        }
+        self._held_out = [
+            (split, [layout.put(r, "rows") for r in _rows(split, budget, 1)])
+            for split in _held_out(self._dataset)
+        ]
         count = program(count, "all", "rows")
-        self._count = {
-            name: count.lower(state, *inputs, split, self._rows[name][0]).compile()
-            for name, split in _held_out(self._dataset)
-        }
+        self._count = [
+            count.lower(state, *inputs, split, rows[0]).compile()
+            for split, rows in self._held_out
+        ]
 
     def init(self, chunk: Chunk) -> Any:
         """The state of every run before its first step."""
@@ -171,13 +182,13 @@ class InTurn:
     def evaluate(self, state: Any, chunk: Chunk) -> dict[str, np.ndarray]:
         """Losses, accuracies and `diverged_at`, `[points, seeds]` each."""
         inputs, sums = _put(self._layout, chunk), []
-        for name, split in _held_out(self._dataset):
+        for count, (split, chunks) in zip(self._count, self._held_out, strict=True):
             parts = []
-            for rows in self._rows[name]:
-                parts.append(self._count[name](state, *inputs, split, rows))
+            for rows in chunks:
+                parts.append(count(state, *inputs, split, rows))
                 self._layout.wait(parts)
             sums.append(jax.tree.map(lambda *v: sum(v), *parts))
-        return everyone(_report(state, *sums, self._dataset, self._budget))
+        return _report(state, sums, self._dataset, self._budget)
 
     def pick(self, state: Any, i: int, j: int) -> RunState:
         """A copy of the state of the run of point i and seed j."""
@@ -188,17 +199,14 @@ def _put(layout, chunk):
     return layout.put(chunk.keys, "seed"), layout.put(chunk.swept, "point")
 
 
-def _report(state, validation, test, dataset, budget):
-    n, m = dataset.validation.labels.shape[0], dataset.test.labels.shape[0]
-    return {
-        "train_loss": state.sums.loss / budget.eval_every,
-        "train_accuracy": state.sums.accuracy / budget.eval_every,
-        "validation_loss": validation.loss / n,
-        "validation_accuracy": validation.accuracy / n,
-        "test_loss": test.loss / m,
-        "test_accuracy": test.accuracy / m,
-        "diverged_at": state.diverged_at,
-    }
+def _report(state, sums, dataset, budget):
+    sums, diverged_at = everyone(((state.sums, *sums), state.diverged_at))
+    counts = (budget.eval_every, *(split.labels.shape[0] for split in _held_out(dataset)))
+    report = {"diverged_at": diverged_at}
+    for name, of, count in zip(("train", "validation", "test"), sums, counts, strict=True):
+        report[f"{name}_loss"] = of.loss / count
+        report[f"{name}_accuracy"] = of.accuracy / count
+    return report
 
 
 def _rows(split, budget, runs):
@@ -211,13 +219,17 @@ def _rows(split, budget, runs):
 
 
 def _held_out(dataset):
-    return (("validation", dataset.validation), ("test", dataset.test))
+    return dataset.validation, dataset.test
 
 
-def _over_grid(f, shared):
-    """f(state, key, swept, *shared): states [points, seeds], keys [seeds], swept [points]."""
-    rest = (None,) * shared
-    return jax.vmap(jax.vmap(f, (0, 0, None, *rest)), (0, None, 0, *rest))
+def _over_grid(f, more):
+    """f of a run, `RUN` and more, over states [points, seeds], keys [seeds], swept [points]."""
+    kinds = (*RUN, *more)
+    seeds, points = (
+        tuple(0 if kind in ("run", axis) else None for kind in kinds)
+        for axis in ("seed", "point")
+    )
+    return jax.vmap(jax.vmap(f, seeds), points)
 
 
 def _of_one(f):

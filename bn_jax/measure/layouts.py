@@ -39,7 +39,9 @@ class Single:
     block = (1, 1)
     parts = 1
 
-    def program(self, f: Callable, kinds: Sequence[str], donate: Sequence[int] = ()) -> Any:
+    def program(
+        self, f: Callable, kinds: Sequence[str], donate: Sequence[int] = (), out: str = "run"
+    ) -> Any:
         """f, to be lowered; given `axis_name` where examples are divided over one."""
         return jax.jit(f, donate_argnums=tuple(donate))
 
@@ -72,8 +74,8 @@ class Grid(Single):
         axes = (AxisType.Auto, AxisType.Auto)
         self._mesh = jax.make_mesh(self.block, ("points", "seeds"), axis_types=axes)
 
-    def program(self, f, kinds, donate=()):
-        specs, out = tuple(SPECS[k] for k in kinds), SPECS["run"]
+    def program(self, f, kinds, donate=(), out="run"):
+        specs, out = tuple(SPECS[k] for k in kinds), SPECS[out]
         # Nothing is exchanged, and every constant in f would have to be marked as varying.
         g = jax.shard_map(f, mesh=self._mesh, in_specs=specs, out_specs=out, check_vma=False)
         shardings = tuple(NamedSharding(self._mesh, s) for s in specs)
@@ -95,7 +97,7 @@ class Batch(Single):
         self._mode, self._mesh = mode, batch_mesh()
         self.parts = self._mesh.size
 
-    def program(self, f, kinds, donate=()):
+    def program(self, f, kinds, donate=(), out="run"):
         divided = [kind in ("order", "rows") for kind in kinds]
         if any(divided):
             return over_devices(f, self._mode, self._mesh, divided, donate)
