@@ -128,9 +128,14 @@ def extra(training: compare.Training, kept: dict) -> compare.Extra:
     figure = gradients_through_time(norms, training.summary)
     found = list(rows(training.config, training.summary, norms))
     return compare.Extra(
-        {"published": found, "gradient_norms": norms},
+        {"variant": variant(training.config), "published": found, "gradient_norms": norms},
         (("gradients_through_time.png", CAPTION, figure),),
     )
+
+
+def variant(config: Config) -> str:
+    """How images are read."""
+    return config.read + (", permuted" if config.permuted else "")
 
 
 def through_time(training: compare.Training, arm: dict, kept: dict) -> dict[str, list]:

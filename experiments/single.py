@@ -31,10 +31,12 @@ def train_one(
     from bn_jax.measure.engines import engine_class
     from bn_jax.measure.grid import chunks
     from bn_jax.measure.layouts import layout
+    from bn_jax.measure.programs import traced
 
     devices = layout(parallel, 1, 1)
     (chunk,) = chunks([point], [seed], 1, devices.block)
-    engine = engine_class(run, dataset, devices)(run, dataset, budget, devices, chunk)
+    make = engine_class(traced(run, dataset), devices)
+    engine = make(run, dataset, budget, devices, chunk)
     state = engine.init(chunk)
     see(0, engine.pick(state, 0, 0))
     for done in range(0, budget.steps, budget.eval_every):

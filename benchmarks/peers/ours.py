@@ -19,6 +19,7 @@ from bn_jax.measure import Budget, Point
 from bn_jax.measure.engines import engine_class
 from bn_jax.measure.grid import chunks
 from bn_jax.measure.layouts import Single
+from bn_jax.measure.programs import traced
 from bn_jax.models import MLP, CifarA
 from bn_jax.training.run import Run
 from bn_jax.training.xla import set_flags
@@ -31,7 +32,7 @@ def prepare(task: Task, runs: int = 1, flags: bool = True) -> dict[str, Callable
     run, dataset = training(task), data(task)
     (chunk,) = chunks([Point(task.learning_rate, 1.0, 0.9)], range(runs), runs)
     layout, budget = Single(), Budget(task.steps, task.steps)
-    engine = engine_class(run, dataset, layout)(run, dataset, budget, layout, chunk)
+    engine = engine_class(traced(run, dataset), layout)(run, dataset, budget, layout, chunk)
     states = [engine.init(chunk)]
     one = engine.pick(states[0], 0, 0)
     swept = jax.tree.map(lambda v: v[0], chunk.swept)

@@ -24,7 +24,7 @@ from jax import lax
 
 from bn_jax.measure.grid import Budget, Chunk
 from bn_jax.measure.layouts import Single
-from bn_jax.measure.programs import convolves
+from bn_jax.measure.programs import Traced
 from bn_jax.training.distributed import everyone
 from bn_jax.training.run import NO_SUMS, Run, RunState, data_key
 from bn_jax.training.xla import without_library
@@ -34,9 +34,9 @@ RUN_ONCE = {"xla_backend_optimization_level": 0}
 RUN = ("run", "seed", "point")
 
 
-def engine_class(run: Run, dataset: Any, layout: Single) -> type[Together | InTurn]:
+def engine_class(one: Traced, layout: Single) -> type[Together | InTurn]:
     """The faster one for the network and the machine."""
-    in_turn = convolves(run, dataset) and jax.default_backend() == "cpu"
+    in_turn = one.convolves and jax.default_backend() == "cpu"
     return InTurn if in_turn or layout.parts > 1 else Together
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from bn_jax.measure.engines import InTurn, Together, engine_class
 from bn_jax.measure.grid import Budget, Chunk, Point, chunks
 from bn_jax.measure.layouts import layout
-from bn_jax.measure.programs import run_bytes
+from bn_jax.measure.programs import traced
 from bn_jax.training.run import Run, RunState
 
 # The time per run stops falling at some tens of runs, so this need not be generous.
@@ -109,8 +109,9 @@ def sweep(
     """
     budget.check()
     devices = layout(parallel, len(points), len(seeds))
-    make = engine_class(run, dataset, devices)
-    limit = max_runs_at_once or max(1, MEMORY // run_bytes(run, dataset))
+    one = traced(run, dataset)
+    make = engine_class(one, devices)
+    limit = max_runs_at_once or max(1, MEMORY // one.bytes)
     rectangles = enumerate(chunks(points, seeds, make.limit or limit, devices.block))
     engine, compilation = None, 0.0
     for number, chunk in itertools.islice(rectangles, first, None):

@@ -137,7 +137,7 @@ def _shrunk(finished, name, figures):
     """Writes the figure with fewer pixels and colours; the name of its file."""
     from PIL import Image
 
-    words = [finished.name, finished.summary["dataset"], finished.summary["model"], name]
+    words = [finished.name, *subject(finished.summary).split(", "), name]
     path = figures / re.sub(r"[^\w.]+", "-", "_".join(words))
     with Image.open(finished.folder / "figures" / name) as image:
         image = image.convert("RGB")

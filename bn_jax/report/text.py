@@ -43,8 +43,9 @@ def percent(value: float) -> str:
 
 
 def subject(summary: dict) -> str:
-    """ "digits, mlp": what the runs were about."""
-    return ", ".join(str(summary[key]) for key in ("dataset", "model") if summary.get(key))
+    """ "digits, mlp", or "digits, lstm, pixels": what the runs were about."""
+    keys = ("dataset", "model", "variant")
+    return ", ".join(str(summary[key]) for key in keys if summary.get(key))
 
 
 def target_text(summary: dict) -> str:

@@ -51,6 +51,7 @@ def finished(tmp_path_factory):
 def test_what_it_leaves(finished):
     summary, written, folder = finished
     assert "gradients_through_time.png" in os.listdir(folder / "figures")
+    assert summary["variant"] == "rows"
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert "Beside the published numbers" in (folder / "report.html").read_text()
     assert written.rstrip().endswith("report.html")

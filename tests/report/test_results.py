@@ -20,12 +20,13 @@ ROWS = [
 def finished(make, tmp_path):
     """The folder of runs of two experiments, the older run of one with another command."""
 
-    def leave(name, run, command, **options):
+    def leave(name, run, command, variant=None, **options):
         folder = tmp_path / "runs" / name / run
         folder.mkdir(parents=True)
         records, summary = make(**options)
         question = f"Is {name} right?"
         summary |= {"experiment": name, "question": question, "published": ROWS}
+        summary |= {"variant": variant} if variant else {}
         config = {
             "command": command, "flags": {"seeds": 3}, "devices": ["cpu: cpu"],
             "versions": {"jax": "1.2.3", "flax": "4.5.6"},
@@ -35,6 +36,8 @@ def finished(make, tmp_path):
     leave("circles", "old", "python -m experiments.circles --seeds=1", rates=(0.1,), seeds=2)
     leave("circles", "new", "python -m experiments.circles", rates=(0.1,), seeds=2)
     leave("lstm", "a", "python -m experiments.lstm", rates=(0.1, 0.3), seeds=2)
+    pixels = "python -m experiments.lstm --read=pixels"
+    leave("lstm", "b", pixels, variant="pixels, permuted", rates=(0.1,), seeds=2)
     return tmp_path
 
 
@@ -42,7 +45,9 @@ def test_the_page(finished):
     out = finished / "docs" / "results.md"
     make_report.run(make_report.Config(runs=str(finished / "runs"), out=str(out)))
     text = out.read_text()
-    assert text.count("\n## ") == 2
+    assert text.count("\n## ") == 3
+    assert "## lstm (digits, mlp): Is lstm right?" in text
+    assert "## lstm (digits, mlp, pixels, permuted): Is lstm right?" in text
     assert "## circles (digits, mlp): Is circles right?" in text
     assert "python -m experiments.circles\n" in text
     assert "--seeds=1" not in text
@@ -58,7 +63,7 @@ def test_the_page(finished):
         assert line in text
     links = [line.split("](")[1].split(")")[0] for line in text.splitlines() if "![" in line]
     # One rate: the learning curves alone. Two: three figures.
-    assert len(links) == 4
+    assert len(set(links)) == len(links) == 5
     for link in links:
         assert (out.parent / link).stat().st_size < 100_000
 
