@@ -58,7 +58,7 @@ class Config:
         (), "changes to training images, made on the device: shift, flip, distort"
     )
     model: str = flag(
-        "mlp", "mlp, cnn, cifar_a, cifar_b, lstm, inception, resnet18 or resnet50"
+        "mlp", "mlp, cnn, cifar_a, cifar_b, airbench, lstm, inception, resnet18 or resnet50"
     )
     features: tuple[int, ...] | None = flag(
         None,

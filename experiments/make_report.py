@@ -17,8 +17,8 @@ from experiments.flags import flag
 from experiments.reasons import reason
 
 ORDER = (
-    "circles", "mnist_sigmoid", "cifar_cnn", "first_layer", "lstm", "inception",
-    "learning_rates", "regularisation", "batch_size", "compare",
+    "circles", "mnist_sigmoid", "cifar_cnn", "cifar_speedrun", "first_layer", "lstm",
+    "inception", "learning_rates", "regularisation", "batch_size", "compare",
 )  # fmt: skip
 WHOLE = ("config.json", "summary.json", "report.html")  # of a run that came to its end
 
@@ -47,12 +47,14 @@ def run(config: Config) -> None:
 
 def newest(runs: Path) -> list[Path]:
     """The newest finished run of every experiment and subject, in the order of the page."""
+    from bn_jax.report.text import subject
+
     found: dict[tuple[str, ...], Path] = {}
     for name in ORDER:
         whole = [f for f in (runs / name).glob("*") if all((f / w).exists() for w in WHOLE)]
         for folder in sorted(whole, key=lambda f: (f / "summary.json").stat().st_mtime):
             summary = read(folder).summary
-            found[name, summary["dataset"], summary["model"]] = folder
+            found[name, subject(summary)] = folder
     if not found:
         raise UserError(f"--runs={runs}: no finished run of {', '.join(ORDER)}")
     return list(found.values())

@@ -1,0 +1,231 @@
+"""CIFAR-10 to 94 % in ten epochs: airbench94, and what BatchNorm does in it.
+
+The recipe of Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU"
+(arXiv:2404.00498), and the same with another momentum of BatchNorm's running statistics, with
+a scale that is trained (at the rate of the kernels), with biases that are trained at the rate
+of the kernels, with ghost batches, and without BatchNorm, whose place then biases of the
+convolutions take, at the best of several rates.
+
+Otherwise than in the source: GELU is by its tanh approximation; the gradient of a max-pool is
+shared where there are several maxima; parameters are float32, as are activations unless
+`--dtype=bfloat16`, where the source has float16 for both; and every evaluation, not only the
+last, is with all views of an image.
+
+Made for a GPU, where a run takes seconds; on two cores it takes hours, and `--quick` trains
+a narrow network on digits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from bn_jax.errors import UserError
+from experiments import compare, crossed, flags
+from experiments.arms import chosen_arms
+from experiments.conduct import conduct
+from experiments.flags import flag
+
+EXPERIMENT = "cifar_speedrun"
+QUESTION = "What does BatchNorm do for a network that learns CIFAR-10 in seconds?"
+EPSILON = 1e-12
+# Factors on the learning rate that the network without BatchNorm tries.
+RATES_WITHOUT = (1.0, 0.3, 0.1, 0.03)
+# Mean accuracy of 1,000 runs, and the epochs and seconds of one, on an A100.
+PUBLISHED, PUBLISHED_EPOCHS, PUBLISHED_SECONDS = 0.9401, 9.9, 3.09
+POINTS = 0.002  # so near to the published accuracy it agrees
+DTYPES, VIEWS = ("float32", "bfloat16"), (1, 2, 6)
+# Flags that say what the recipe says, and so are left as they are.
+RECIPE = (
+    "model", "optimizer", "schedule", "warmup_steps", "decay_steps", "decay_rate", "l2",
+    "decay_norms", "clip", "augment",
+)  # fmt: skip
+# Flags that make a run another one than the source's.
+WHOLE = (
+    "dataset", "train_examples", "test_examples", "validation_fraction", "scaling", "features",
+    "activation", "learning_rates", "init_scales", "momentums", "weight_decay", "bias_rate",
+    "label_smoothing", "translate", "views", "batch_size", "steps",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(compare.Config):
+    """Every flag of the experiment; see `python -m experiments.cifar_speedrun --help`."""
+
+    # Digits are a thirtieth of CIFAR-10: the same epochs move the weights by so much less.
+    QUICK: ClassVar = {
+        "dataset": "digits", "features": (16, 32), "learning_rates": (30.0,),
+        "batch_size": 64, "steps": 208, "eval_every": 26, "seeds": 2, "target": 0.9,
+        "ghost_size": 16, "translate": 1, "arms": ("bn", "bias_rate_1", "none"),
+    }  # fmt: skip
+
+    dataset: str = flag("cifar10", "as in experiments.compare, of images")
+    validation_fraction: float = flag(
+        0.0, "share of the training examples held out; 0: train on all"
+    )
+    model: str = flag("airbench", "the recipe has its own")
+    activation: str = flag("gelu", "relu, sigmoid, tanh, elu or gelu")
+    arms: tuple[str, ...] = flag(
+        ("bn", "momentum_0.9", "momentum_0.99", "scale", "bias_rate_1", "ghost", "none"),
+        "the recipe, bn, and what to change in it, of these",
+    )
+    learning_rates: tuple[float, ...] = flag(
+        (11.5,), "learning rates for 1,024 examples; none tries 1, .3, .1 and .03 of each"
+    )
+    momentums: tuple[float, ...] = flag((0.6,), "as in experiments.compare")
+    weight_decay: float = flag(
+        0.0153, "share of the weights that 1,024 examples take, relative to the schedule"
+    )
+    bias_rate: float = flag(64.0, "factor on the learning rate of BatchNorm's biases")
+    label_smoothing: float = flag(0.2, "as in experiments.compare")
+    translate: int = flag(2, "pixels that a training image is moved by at most")
+    views: int = flag(6, "views of an image in an evaluation: 1, 2 (mirrored) or 6 (moved)")
+    ghost_size: int = flag(128, "examples in a ghost batch")
+    dtype: str = flag("float32", "of the activations: float32 or bfloat16")
+    seeds: int = flag(20, "how many seeds at each point of the grid")
+    batch_size: int = flag(1024, "examples in a training step")
+    steps: int = flag(476, "training steps of a run; 476 are 9.9 epochs of CIFAR-10")
+    eval_every: int = flag(34, "training steps between evaluations; divides steps")
+    target: float = flag(0.94, "test accuracy to reach, in (0, 1]")
+
+    def check(self) -> None:
+        """Raises a UserError for a flag that makes no sense."""
+        super().check()
+        source = {f.name: f.default for f in dataclasses.fields(self)}
+        for name in RECIPE:
+            if getattr(self, name) != source[name]:
+                raise UserError(f"--{name}={getattr(self, name)}: the recipe has its own")
+        if self.epochs is not None:
+            raise UserError("--epochs: here --steps says how long a run is")
+        for name, known in (("dtype", DTYPES), ("views", VIEWS)):
+            if getattr(self, name) not in known:
+                listed = ", ".join(map(str, known))
+                raise UserError(f"--{name}={getattr(self, name)}: choose from {listed}")
+        for name, least in (("translate", 0), ("ghost_size", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name}={getattr(self, name)}: it must be at least {least}")
+        if self.bias_rate <= 0:
+            raise UserError(f"--bias_rate={self.bias_rate}: it must be positive")
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is the source's network and training, at its size."""
+        source = Config()
+        return all(getattr(self, name) == getattr(source, name) for name in WHOLE)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains, fills the workdir, prints the tables; the summary comes back."""
+    from experiments import airbench
+
+    return conduct(
+        config, chosen_arms(config, arms(config)), experiment=EXPERIMENT, question=QUESTION,
+        conclude=conclude, load=airbench.load, build=airbench.build,
+    )  # fmt: skip
+
+
+def arms(config: Config) -> dict[str, compare.Arm]:
+    """The recipe, and one change in it each."""
+    from bn_jax.linen import BatchNorm, GhostBatchNorm
+
+    fields = {"epsilon": EPSILON, "use_scale": False, "unbiased": True}
+    norm = functools.partial(BatchNorm, **fields)
+    ghost = functools.partial(GhostBatchNorm, group_size=config.ghost_size, **fields)
+    rates = {
+        f"{factor * rate:.9g}" for rate in config.learning_rates for factor in RATES_WITHOUT
+    }
+    return {
+        "bn": compare.Arm(norm),
+        "momentum_0.9": compare.Arm(norm, {"momentums": (0.9,)}),
+        "momentum_0.99": compare.Arm(norm, {"momentums": (0.99,)}),
+        "scale": compare.Arm(functools.partial(norm, use_scale=True)),
+        "bias_rate_1": compare.Arm(norm, {"bias_rate": 1.0}),
+        "ghost": compare.Arm(ghost),
+        "none": compare.Arm(None, {"learning_rates": tuple(sorted(map(float, rates)))}),
+    }
+
+
+def conclude(training: compare.Training) -> compare.Extra:
+    """Accuracy, epochs and seconds of every arm at its best point, beside the source's."""
+    from bn_jax.measure import summarize
+    from bn_jax.report import learning_curves, speedrun
+
+    config, records = training.config, training.records
+    whole = summarize(records, baseline=records[0]["arm"], target=config.target)
+    summary = {key: whole[key] for key in ("budget_steps", "target", "by_point")}
+    summary["arms"] = [measured(training, arm) for arm in whole["arms"]]
+    figures = (
+        ("accuracy.png", speedrun.CAPTION, speedrun.accuracies(summary)),
+        ("learning_curves.png", speedrun.CURVES, learning_curves(records, summary)),
+    )
+    tables = [speedrun.table(summary)]
+    published = list(rows(config, summary["arms"]))
+    return compare.Extra(summary | {"tables": tables, "published": published}, figures)
+
+
+def measured(training: compare.Training, arm: dict[str, Any]) -> dict[str, Any]:
+    """The arm of `bn_jax.measure.summarize` with every run's accuracy, their mean, epochs."""
+    from bn_jax.report.points import same_point
+    from experiments import airbench
+
+    config = training.config
+    runs = [r for r in training.records if same_point(r, arm)]
+    accuracies = [crossed.final(r) for r in runs]
+    epoch = airbench.per_epoch(config, training.dataset)
+    needed = arm["steps_to_target"]
+    return arm | {
+        "accuracies": accuracies,
+        "mean_accuracy": mean(accuracies),
+        "epochs": config.steps / epoch,
+        "epochs_to_target": {
+            "median": divided(needed["median"], epoch),
+            "ci95": [divided(end, epoch) for end in needed["ci95"]],
+        },
+        "training_seconds": crossed.estimate([r["seconds"]["training"] for r in runs]),
+    }
+
+
+def mean(values: list[float]) -> dict[str, Any]:
+    """Their `mean` and its `ci95`: percentile bootstrap, 10,000 resamples."""
+    import numpy as np
+
+    from bn_jax.measure.convergence import RESAMPLES
+
+    chosen = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    means = np.array(values)[chosen].mean(1)
+    return {"mean": float(np.mean(values)), "ci95": np.quantile(means, (0.025, 0.975)).tolist()}
+
+
+def divided(steps: float | None, epoch: int) -> float | None:
+    """In epochs; None for never."""
+    return None if steps is None else steps / epoch
+
+
+def rows(config: Config, found: list[dict]) -> Iterator[dict]:
+    """The recipe beside the source: mean accuracy, epochs, seconds (of another machine)."""
+    for arm in found:
+        if arm["arm"] != "bn":
+            continue
+        value, seconds = arm["mean_accuracy"]["mean"], arm["training_seconds"]["median"]
+        yield {
+            "quantity": f"bn: test accuracy, mean of {arm['seeds']} runs",
+            "here": f"{value:.2%}" + ("" if config.is_whole else f" ({config.dataset})"),
+            "source": f"{PUBLISHED:.2%} (1,000 runs)",
+            "agrees": abs(value - PUBLISHED) <= POINTS if config.is_whole else None,
+        }
+        yield {
+            "quantity": "bn: epochs of a run",
+            "here": f"{arm['epochs']:.1f}",
+            "source": f"{PUBLISHED_EPOCHS}",
+        }
+        yield {
+            "quantity": "bn: seconds of training of a run",
+            "here": f"{seconds:.3g}",
+            "source": f"{PUBLISHED_SECONDS} (A100)",
+        }
+
+
+if __name__ == "__main__":
+    flags.main(Config, run)
