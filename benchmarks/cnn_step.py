@@ -46,7 +46,7 @@ class Config:
     features: tuple[int, ...] = flag((32, 64, 128, 512, 128), "of the network")
     image: int = flag(32, "height and width")
     batch: int = flag(256, "images in a step")
-    images: int = flag(2560, f"of an epoch; CIFAR-10 has {IMAGES:,}")
+    images: int = flag(1280, f"of an epoch; CIFAR-10 has {IMAGES:,}")
     rounds: int = flag(7, "how often each is timed")
     matrix: int = flag(2048, "rows and columns of the matrices")
 

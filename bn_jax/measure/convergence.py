@@ -6,6 +6,7 @@ many steps: it is never dropped, and never averaged in.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -40,7 +41,7 @@ def median_interval(needed: Needed) -> list[float | None]:
     An end is None where it lies among the runs that did not reach.
     """
     values = _with_infinities(needed)
-    medians = np.median(values[_resamples(len(values))], axis=1)
+    medians = _resampled_medians(values)
     return _percentiles(medians, medians)
 
 
@@ -57,17 +58,26 @@ def speedup(base: Needed, arm: Needed) -> tuple[float | None, list[float | None]
     a, b = _with_infinities(base), _with_infinities(arm)
     if len(a) != len(b):
         raise ValueError(f"{len(a)} runs of one arm and {len(b)} of the other")
-    rows = _resamples(len(a))
     with np.errstate(invalid="ignore", divide="ignore"):
-        ratios = np.median(a[rows], axis=1) / np.median(b[rows], axis=1)
+        ratios = _resampled_medians(a) / _resampled_medians(b)
     unknown = np.isnan(ratios)
     ends = _percentiles(np.where(unknown, 0, ratios), np.where(unknown, np.inf, ratios))
     over, under = median(base), median(arm)
     return (None if over is None or not under else over / under), ends
 
 
+def _resampled_medians(values):
+    # A sort in double precision takes a quarter of np.median's time.
+    n = len(values)
+    drawn = np.sort(values[_resamples(n)], axis=1)
+    return (drawn[:, (n - 1) // 2] + drawn[:, n // 2]) / 2
+
+
+@functools.lru_cache(maxsize=1)
 def _resamples(n):
-    return np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
+    rows = np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
+    rows.flags.writeable = False
+    return rows
 
 
 def _percentiles(for_low, for_high):
