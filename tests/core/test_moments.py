@@ -1,5 +1,6 @@
 import functools
 import itertools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from bn_jax.core.moments import Moments, merge, moments
 from bn_jax.core.sync import sync
+
+moments_module = sys.modules["bn_jax.core.moments"]
 
 SHAPES_AND_AXES = [
     ((7,), 0),
@@ -39,6 +42,14 @@ def assert_moments(got, want, rtol=1e-5, atol=1e-6):
         np.testing.assert_allclose(values, wanted, rtol, atol, err_msg=name)
 
 
+@pytest.fixture(params=["about a shift", "raw if they do"])
+def sums(request, monkeypatch):
+    """Both ways to sum, whatever the size and the number of devices."""
+    raw = request.param == "raw if they do"
+    monkeypatch.setattr("bn_jax.core.moments._raw_sums_first", lambda x: raw)
+
+
+@pytest.mark.usefixtures("sums")
 @pytest.mark.parametrize(("shape", "axis"), SHAPES_AND_AXES)
 def test_values(shape, axis):
     x = normal(shape, mean=2)
@@ -68,6 +79,7 @@ def test_nothing_seen_is_zero_and_finite():
         assert all(np.all(np.asarray(v) == 0) for v in got)
 
 
+@pytest.mark.usefixtures("sums")
 @pytest.mark.parametrize(
     "order", ["drawn", "permuted", "sorted", "outlier first", "outliers at a stride", "padded"]
 )
@@ -90,6 +102,63 @@ def test_mean_of_10000_std(order):
     np.testing.assert_allclose(got.mean, want.mean, rtol=2e-7)
 
 
+@pytest.mark.usefixtures("sums")
+@pytest.mark.parametrize("mean", [0, 0.5, 1.9, 2.1, 10, 300])
+def test_mean_of_some_std(mean):
+    x = normal((262_144, 2), mean=mean)
+    x[:, 1] = normal(262_144, seed=1)
+    got, want = moments(x), reference.moments(x)
+    np.testing.assert_allclose(got.var, want.var, rtol=5e-5)
+    np.testing.assert_allclose(got.mean, want.mean, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("sums")
+@pytest.mark.parametrize("x", [0.0, -0.0, 1e-30, 7.0, 3e18, 1e20, np.inf, np.nan])
+def test_one_value(x):
+    """What is not finite is not made so, and a sum of squares that overflows is no NaN."""
+    got = moments(np.full((64, 2), x, np.float32))
+    if np.isfinite(x):
+        np.testing.assert_allclose(got.mean, x, rtol=1e-6)
+        assert np.all((got.var >= 0) & (got.var <= (1e-7 * x) ** 2))
+    else:
+        assert not np.any(np.isfinite(got.mean))
+        assert not np.any(np.isfinite(got.var))
+
+
+def test_raw_sums_are_of_large_arrays_on_one_cpu(monkeypatch):
+    large, small = jnp.zeros((512, 1024)), jnp.zeros((511, 1024))
+    assert not moments_module._raw_sums_first(large)  # eight devices
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert moments_module._raw_sums_first(large)
+    assert not moments_module._raw_sums_first(small)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert not moments_module._raw_sums_first(large)
+
+
+@pytest.mark.usefixtures("sums")
+@pytest.mark.parametrize("mean", [0, 30])
+def test_derivatives_of_moments(mean):
+    x, dx = normal((16, 3), mean=mean), normal((16, 3), seed=1)
+    (_, v), (dm, dv) = jax.jvp(lambda x: moments(x)[:2], (x,), (dx,))
+    wide, tangent = x.astype(np.float64), dx.astype(np.float64)
+    np.testing.assert_allclose(dm, tangent.mean(0), rtol=1e-5, atol=1e-6)
+    want = 2 * ((wide - wide.mean(0)) * tangent).mean(0)
+    np.testing.assert_allclose(dv, want, rtol=1e-4, atol=1e-5)
+    grad = jax.grad(lambda x: (moments(x).var * v).sum())(x)
+    want = 2 * (wide - wide.mean(0)) * np.asarray(v) / 16
+    np.testing.assert_allclose(grad, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("sums")
+def test_vmap_and_layers_of_far_and_near_features():
+    x = normal((3, 40, 2)) + np.array([0.0, 1e3, 5.0], np.float32)[:, None, None]
+    got = jax.jit(jax.vmap(moments))(x)
+    for i in range(3):
+        want = reference.moments(x[i])
+        np.testing.assert_allclose(got.var[i], want.var, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("sums")
 @pytest.mark.parametrize("n", [1, 3, 1000])
 def test_variance_of_constants(n):
     constants = np.random.default_rng(0).uniform(-1e4, 1e4, 256).astype(np.float32)
