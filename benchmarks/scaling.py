@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from benchmarks.machine import describe_machine
@@ -26,10 +25,6 @@ from benchmarks.peers import ours
 from benchmarks.peers.task import Task
 from benchmarks.timing import interleave
 from bn_jax.errors import UserError
-from bn_jax.measure import Budget, Point
-from bn_jax.measure.engines import Together
-from bn_jax.measure.grid import chunks
-from bn_jax.measure.layouts import Single
 from bn_jax.report.markdown import table
 from bn_jax.report.plotting import new_figure, tidy
 from bn_jax.report.text import padded, whole
@@ -104,15 +99,8 @@ def trainer(size: Size, steps: int) -> tuple[Callable[[], Any], int]:
     """A call that trains all runs for so many steps, and the bytes of its program."""
     features, images = (size.width,) * size.layers, size.batch * steps
     task = Task("mlp", features, (1, INPUTS, 1), images, size.batch, augment=False)
-    (chunk,) = chunks([Point(task.learning_rate, 1.0, 0.9)], range(size.runs), size.runs)
-    budget = Budget(steps, steps)
-    engine = Together(ours.training(task), ours.data(task), budget, Single(), chunk)
-    state = [engine.init(chunk)]
-
-    def go():
-        state[0] = jax.block_until_ready(engine.advance(state[0], chunk, 0))
-
-    return go, engine.training_memory()
+    engine, epoch = ours.trainer(task, size.runs)
+    return epoch, engine.training_memory()
 
 
 def growth(rows: dict[int, Measured], field: str) -> float:

@@ -39,9 +39,7 @@ from benchmarks.peers.task import Task
 from benchmarks.timing import interleave, keep_memory, median_ratio
 from bn_jax import batch_norm, moments, normalize
 from bn_jax.data.batches import permutation
-from bn_jax.measure import Budget, Point, engines
-from bn_jax.measure.grid import chunks
-from bn_jax.measure.layouts import Single
+from bn_jax.measure import engines
 from bn_jax.models.pooling import max_pool
 from bn_jax.report.markdown import table
 from bn_jax.report.text import padded
@@ -148,7 +146,10 @@ def of_sweeps(config: Config) -> Iterator[Trick]:
         "shuffling by single 64-bit numbers", "jax.random.permutation",
         shuffle(permutation), shuffle(jax.random.permutation),
     )  # fmt: skip
-    trained = functools.partial(training, engines.Together, MLP)
+
+    def trained(runs):
+        return ours.trainer(MLP, runs)[1]
+
     with mock.patch.object(engines, "without_library", dict):
         library = trained(config.runs)
     yield Trick("sweeps without the YNN library", "with it", trained(config.runs), library)
@@ -164,7 +165,7 @@ def of_networks(config: Config) -> Iterator[Trick]:
     yield pooling(config)
     yield Trick(
         "convolutional steps from Python", "in a scan",
-        training(engines.InTurn, CNN), training(engines.Together, CNN),
+        *(ours.trainer(CNN, make=make)[1] for make in (engines.InTurn, engines.Together)),
     )  # fmt: skip
     n = config.batch
     task = Task("cifar_a", config.features, (32, 32, 3), n, n, augment=False)
@@ -175,19 +176,6 @@ def of_networks(config: Config) -> Iterator[Trick]:
     )  # fmt: skip
     on.close()
     off.close()
-
-
-def training(engine: type, task: Task, runs: int = 1) -> Callable[[], Any]:
-    """A call that trains an epoch of so many runs."""
-    (chunk,) = chunks([Point(task.learning_rate, 1.0, 0.9)], range(runs), runs)
-    budget = Budget(task.steps, task.steps)
-    made = engine(ours.training(task), ours.data(task), budget, Single(), chunk)
-    state = [made.init(chunk)]
-
-    def go():
-        state[0] = jax.block_until_ready(made.advance(state[0], chunk, 0))
-
-    return go
 
 
 if __name__ == "__main__":

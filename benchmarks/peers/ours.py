@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,7 @@ from bn_jax.measure.grid import chunks
 from bn_jax.measure.layouts import Single
 from bn_jax.measure.programs import traced
 from bn_jax.models import MLP, CifarA
-from bn_jax.training.run import Run
+from bn_jax.training.run import Run, Swept
 from bn_jax.training.xla import set_flags
 
 
@@ -29,25 +28,33 @@ def prepare(task: Task, runs: int = 1, flags: bool = True) -> dict[str, Callable
     """The programs, and `parameters`; an epoch trains so many runs, together where it pays."""
     if flags:
         set_flags()
-    run, dataset = training(task), data(task)
-    (chunk,) = chunks([Point(task.learning_rate, 1.0, 0.9)], range(runs), runs)
-    layout, budget = Single(), Budget(task.steps, task.steps)
-    engine = engine_class(traced(run, dataset), layout)(run, dataset, budget, layout, chunk)
-    states = [engine.init(chunk)]
-    one = engine.pick(states[0], 0, 0)
-    swept = jax.tree.map(lambda v: v[0], chunk.swept)
-    batch = jnp.arange(task.batch)
+    _, epoch = trainer(task, runs)
+    run, train = training(task), data(task).train
+    swept, batch = Swept(*jnp.float32([task.learning_rate, 1, 0.9])), jnp.arange(task.batch)
+    state = jax.jit(run.init)(jax.random.key(0), swept, train.inputs)
     compiled = jax.jit(run.step)
 
     def step():
-        return jax.block_until_ready(compiled(one, swept, dataset.train, batch))
+        return jax.block_until_ready(compiled(state, swept, train, batch))
+
+    count = sum(v.size for v in jax.tree.leaves(state.train.params))
+    return {"step": step, "epoch": epoch, "parameters": lambda: count}
+
+
+def trainer(
+    task: Task, runs: int = 1, make: type | None = None
+) -> tuple[Any, Callable[[], None]]:
+    """An engine, by default that of a sweep, and a call that trains an epoch of its runs."""
+    run, dataset, layout = training(task), data(task), Single()
+    (chunk,) = chunks([Point(task.learning_rate, 1.0, 0.9)], range(runs), runs)
+    make = make or engine_class(traced(run, dataset), layout)
+    engine = make(run, dataset, Budget(task.steps, task.steps), layout, chunk)
+    state = [engine.init(chunk)]
 
     def epoch():
-        states[0] = jax.block_until_ready(engine.advance(states[0], chunk, 0))
+        state[0] = jax.block_until_ready(engine.advance(state[0], chunk, 0))
 
-    count = sum(v.size for v in jax.tree.leaves(one.train.params))
-    gc.freeze()
-    return {"step": step, "epoch": epoch, "parameters": lambda: count}
+    return engine, epoch
 
 
 def training(task: Task) -> Run:

@@ -60,6 +60,7 @@ def whole():
     return result, printed.getvalue(), results
 
 
+@pytest.mark.long
 def test_every_part_is_timed(whole):
     result = whole[0]
     assert [row["bytes"] for row in result["copy"]] == [10736, 107372]
@@ -78,6 +79,7 @@ def test_every_part_is_timed(whole):
         assert all(row["seconds"] > 0 and row["note"] == "" for row in result[part])
 
 
+@pytest.mark.long
 def test_what_is_printed(whole):
     result, text, _ = whole
     cells = [

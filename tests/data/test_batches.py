@@ -10,6 +10,7 @@ from bn_jax.data.batches import permutation
 KEY = jax.random.key(0)
 
 
+@pytest.mark.long
 @settings(max_examples=12, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 15), st.integers(0, 6))
 def test_any_stretch_is_cut_from_one_order(examples, batch, steps, stretches):

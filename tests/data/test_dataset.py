@@ -211,6 +211,7 @@ def test_mnist(real):
     assert np.bincount(np.asarray(dataset.test.labels)).tolist() == per_class
 
 
+@pytest.mark.long
 def test_cifar10(real):
     dataset = real("cifar10/3.0.2")
     assert [s.inputs.shape for s in splits(dataset)] == [

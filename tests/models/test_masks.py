@@ -22,7 +22,10 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=pytest.mark.long if f == "inception" else ()) for f in FAMILIES],
+)
 def test_masked_examples_do_not_count(family):
     model = FAMILIES[family]
     variables = model.init(jax.random.key(1), IMAGES, train=False)
