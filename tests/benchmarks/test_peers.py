@@ -1,5 +1,7 @@
 """What all sides of a training benchmark do is the same, as far as it can be told."""
 
+import importlib.util
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +11,9 @@ from benchmarks.peers import flax_loop, ours, torch_loop
 from benchmarks.peers.process import SIDES
 from benchmarks.peers.task import Task
 
+needs_keras = pytest.mark.skipif(
+    importlib.util.find_spec("keras") is None, reason="Keras is not installed"
+)
 CNN = Task("cifar_a", (2, 3, 5, 4), (8, 8, 3), 12, 6, augment=True)
 MLP = Task("mlp", (5, 4), (4, 4, 1), 12, 6, augment=False)
 # Kernels and biases, then scale and bias of the norms.
@@ -58,8 +63,8 @@ def test_flax_moves_images_as_we_do():
 
 
 @pytest.mark.long
+@needs_keras
 def test_the_convolutional_network(capsys):
-    pytest.importorskip("keras")
     small = {"features": CNN.features, "image": 8, "batch": 6, "images": 12, "rounds": 1}
     sides = ("bn_jax", "Keras on JAX")
     found = cnn_step.run(cnn_step.Config(sides=sides, matrix=8, **small))
@@ -78,9 +83,9 @@ def test_an_unknown_side_is_refused():
 
 
 @pytest.mark.long
+@needs_keras
 def test_all_sides(capsys):
     pytest.importorskip("torch")
-    pytest.importorskip("keras")
     small = {"features": MLP.features, "batch": 6, "images": 12, "rounds": 1}
     seconds = mlp_steps.run(mlp_steps.Config(runs=2, **small))
     assert list(seconds) == [*SIDES, "bn_jax x 2"]

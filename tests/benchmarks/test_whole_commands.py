@@ -1,6 +1,7 @@
 """Benchmarks that run whole commands, and the page that all of them make."""
 
 import importlib
+import importlib.util
 
 import jax
 import pytest
@@ -39,8 +40,8 @@ def test_the_whole_sweep_twice(monkeypatch, capsys):
 
 
 @pytest.mark.long
+@pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="no Keras")
 def test_a_sweep_beside_its_peers(capsys):
-    pytest.importorskip("keras")
     with jax.numpy_rank_promotion("allow"):  # Keras needs it
         ratios = sweep.run(sweep.Config(seeds=1, epochs=1, whole=False, repeats=1))
     assert list(ratios) == [
