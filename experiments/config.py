@@ -7,7 +7,7 @@ import math
 from typing import Any, ClassVar
 
 from bn_jax.errors import UserError
-from experiments.flags import flag
+from experiments.flags import Quick, flag
 
 COUNTS = (
     "seeds", "steps", "epochs", "batch_size", "eval_every", "max_runs_at_once", "patience",
@@ -23,7 +23,7 @@ RANGES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Quick):
     """Every flag of a comparison; see `python -m experiments.compare --help`.
 
     An experiment that rests on it is a subclass with other defaults and with `QUICK`, what
@@ -164,8 +164,7 @@ class Config:
             value = getattr(self, field.name)
             if isinstance(value, list):  # as one writes in a notebook
                 object.__setattr__(self, field.name, tuple(value))
-            if self.quick and field.name in self.QUICK and value == field.default:
-                object.__setattr__(self, field.name, self.QUICK[field.name])
+        self.apply_quick()
         self.check()
 
     def check(self) -> None:

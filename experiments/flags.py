@@ -10,7 +10,7 @@ import threading
 import types
 import typing
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from absl import app, flags, logging
 
@@ -24,6 +24,27 @@ USAGE, INTERRUPTED = 2, 130
 def flag(default: Any, text: str) -> Any:
     """A dataclass field that is a flag, with its help text."""
     return dataclasses.field(default=default, metadata={"help": text})
+
+
+class Quick:
+    """A dataclass whose field `quick` changes others, as `QUICK` says; what is given stands.
+
+    Given are the keywords of the constructor, whatever their values; with `main` the flags
+    that stand on the command line.
+    """
+
+    QUICK: ClassVar[dict[str, Any]] = {}
+
+    def __new__(cls, **given: Any):
+        self = super().__new__(cls)
+        object.__setattr__(self, "_given", frozenset(given))
+        return self
+
+    def apply_quick(self) -> None:
+        """To be called by `__post_init__`."""
+        if self.quick:
+            for name in self.QUICK.keys() - self._given:
+                object.__setattr__(self, name, self.QUICK[name])
 
 
 class _List(flags.ArgumentParser):
@@ -73,6 +94,12 @@ def _without_none(kind):
     return next(a for a in typing.get_args(kind) if a is not type(None))
 
 
+def given(config: type[C], values: flags.FlagValues = flags.FLAGS) -> C:
+    """The config of the flags that stand on the command line."""
+    names = [f.name for f in dataclasses.fields(config)]
+    return config(**{name: values[name].value for name in names if values[name].present})
+
+
 def main(config: type[C], run: Callable[[C], Any]) -> None:
     """Parses the flags into a `config`, and runs.
 
@@ -80,7 +107,6 @@ def main(config: type[C], run: Callable[[C], Any]) -> None:
     interruption in one line and 130.
     """
     define(config)
-    names = [f.name for f in dataclasses.fields(config)]
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:
@@ -99,7 +125,7 @@ def main(config: type[C], run: Callable[[C], Any]) -> None:
         # What cannot be written in the terminal's encoding is no reason to fail.
         sys.stdout.reconfigure(errors="backslashreplace")
         try:
-            run(config(**{name: flags.FLAGS[name].value for name in names}))
+            run(given(config))
             _leave_others(0)
         except UserError as e:
             _stop(str(e))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from bn_jax.errors import UserError
 from experiments import config as comparison
-from experiments.flags import flag
+from experiments.flags import Quick, flag
 
 PER = 256  # examples, for which `learning_rate` is
 COUNTS = (*comparison.COUNTS, "image_size", "log_every")
@@ -27,7 +27,7 @@ KNOWN = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Quick):
     """Every flag of the experiment; see `python -m experiments.imagenet --help`."""
 
     LISTS: ClassVar = ("arms",)

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from bn_jax.errors import UserError
 from experiments import arms, compare, flags, workdir
@@ -29,8 +29,12 @@ AVERAGE_EVERY = 10  # steps
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(flags.Quick):
     """Every flag of the experiment; see `python -m experiments.recalibration --help`."""
+
+    QUICK: ClassVar = {
+        "dataset": "digits", "seeds": 2, "steps": 100, "images": (30, 100, 300)
+    }  # fmt: skip
 
     dataset: str = flag("cifar10", "as in experiments.compare")
     model: str = flag("cnn", "cnn or mlp")
@@ -61,10 +65,7 @@ class Config:
     overwrite: bool = flag(False, "delete the run that is in the workdir")
 
     def __post_init__(self):
-        if self.quick:
-            small = {"dataset": "digits", "seeds": 2, "steps": 100, "images": (30, 100, 300)}
-            for name, value in small.items():
-                object.__setattr__(self, name, value)
+        self.apply_quick()
         if not self.images or min(self.images) < 2 or sorted(self.images) != [*self.images]:
             raise UserError(
                 f"--images={self.images}: name counts of 2 or more, in ascending order"

@@ -175,10 +175,11 @@ def _needed(config):
     """Without defaults, and without what the config makes of other flags, as of `quick`."""
     names = [f.name for f in dataclasses.fields(config)]
     place = {n: getattr(config, n) for n in PLACE if n in names}
+    quick = config.QUICK if getattr(config, "quick", False) else ()
     given = {
         f.name: getattr(config, f.name)
         for f in dataclasses.fields(config)
-        if getattr(config, f.name) != f.default and f.name not in place
+        if (getattr(config, f.name) != f.default or f.name in quick) and f.name not in place
     }
     for name in list(given):
         rest = {k: v for k, v in given.items() if k != name}

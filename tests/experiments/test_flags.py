@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
+import pickle
 import shlex
 
 import pytest
 from absl import flags as absl_flags
 
-from experiments import circles, compare, flags, workdir
+from experiments import circles, compare, flags, recalibration, workdir
 from experiments.flags import flag
 
 
@@ -32,7 +33,7 @@ def parse(*arguments, config=Config):
     values = absl_flags.FlagValues()
     flags.define(config, values)
     values(["program", *arguments])
-    return config(**{f.name: values[f.name].value for f in dataclasses.fields(config)})
+    return flags.given(config, values)
 
 
 def test_defaults_are_those_of_the_dataclass():
@@ -137,6 +138,20 @@ def test_the_command_leaves_out_what_follows_from_another_flag():
     command = workdir.command(config, "circles")
     assert set(command.split()[3:]) == {"--quick=True", "--batch_size=16"}
     assert parse(*command.split()[3:], config=circles.Config) == config
+
+
+@pytest.mark.parametrize("config", [circles.Config, recalibration.Config])
+def test_a_flag_given_at_its_default_stands_with_quick(config):
+    default, quick = config().seeds, config(quick=True).seeds
+    assert default != quick
+    given = parse("--quick", f"--seeds={default}", config=config)
+    assert given.seeds == default
+    assert given == config(quick=True, seeds=default)
+    assert parse("--quick", config=config).seeds == quick
+    command = workdir.command(given, "x").split()[3:]
+    assert set(command) == {"--quick=True", f"--seeds={default}"}
+    assert dataclasses.replace(given, steps=given.steps).seeds == default
+    assert pickle.loads(pickle.dumps(given)) == given
 
 
 def test_the_command_of_a_config_with_lists():
