@@ -22,7 +22,7 @@ from bn_jax.core.running import BatchStats, ema
 from bn_jax.surgery.intercept import GHOSTS, RENORMS, Model
 from bn_jax.surgery.layers import input_moments
 from bn_jax.surgery.micro_batches import Forward, merged, named, scan, zeros
-from bn_jax.surgery.tree import get_stats, join, set_leaves, split
+from bn_jax.surgery.tree import get_stats, join, like, set_leaves, split
 
 Loss = Callable[[Any, Any], jax.Array]
 
@@ -81,7 +81,11 @@ def accumulate(
     calls = forward.calls(params, state, micro_batches)
     total, (values, seen), state = scan(one, zeros(params), state, micro_batches)
     state = _moved(state, calls, map(merged, seen))
-    return values.mean(), _mean(total, params, len(values)), join(params, state)
+    return (
+        values.mean(),
+        _mean(total, params, len(values)),
+        like(variables, join(params, state)),
+    )
 
 
 def accumulate_exactly(
@@ -126,7 +130,11 @@ def accumulate_exactly(
         sums = total, adjoints
         sums = _through_moments(forward, link, params, state, stats[:k], sums, micro_batches)
     state = _moved(after, calls, stats)
-    return values.mean(), _mean(sums[0], params, len(values)), join(params, state)
+    return (
+        values.mean(),
+        _mean(sums[0], params, len(values)),
+        like(variables, join(params, state)),
+    )
 
 
 def _next_moments(forward, params, state, stats, micro_batches):

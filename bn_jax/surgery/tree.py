@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax import nnx, traverse_util
+from flax.core import unfreeze
 
 from bn_jax.surgery.intercept import Linen, Model, Path
 
@@ -124,10 +125,10 @@ def _replace_linen(variables, new, gone):
 
 
 def split(variables: Any) -> tuple[Any, Any]:
-    """The parameters, and all other variables."""
+    """The parameters, and all other variables, of Linen in dicts as a model returns them."""
     if isinstance(variables, nnx.State):
         return nnx.split_state(variables, nnx.Param, ...)
-    return variables["params"], {n: v for n, v in variables.items() if n != "params"}
+    return variables["params"], unfreeze({n: v for n, v in variables.items() if n != "params"})
 
 
 def join(params: Any, state: Any) -> Any:
@@ -135,3 +136,8 @@ def join(params: Any, state: Any) -> Any:
     if isinstance(state, nnx.State):
         return nnx.merge_state(params, state)
     return {"params": params, **state}
+
+
+def like(variables: Any, new: Any) -> Any:
+    """New values of the same variables in the containers of these, FrozenDicts among them."""
+    return jax.tree.unflatten(jax.tree.structure(variables), jax.tree.leaves(new))

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.core import freeze, unfreeze
 from jax.sharding import PartitionSpec as P
 
 import bn_jax.linen
@@ -404,6 +405,22 @@ class Partly(nn.Module):
         x = norm(use_running_average=True, name="fixed")(nn.Dense(3)(x))
         x = norm(use_running_average=False, name="keeps")(nn.Dense(3)(x), update_stats=False)
         return nn.Dense(4)(norm(use_running_average=False)(nn.Dense(3)(nn.tanh(x))))
+
+
+@each_form
+@pytest.mark.parametrize("frozen", ["all", "batch_stats", "params"])
+def test_frozen_dicts_come_back_as_such(form, frozen):
+    model, variables, call = linen(bn_jax.linen.BatchNorm)
+    batches = X.reshape(3, 8, 3), T.reshape(3, 8, 4)
+    given = freeze(variables)
+    if frozen != "all":
+        given = {**variables, frozen: freeze(variables[frozen])}
+    expected = form(model, variables, mean_square, batches, **call)
+    value, gradients, after = form(model, given, mean_square, batches, **call)
+    assert jax.tree.structure(after) == jax.tree.structure(given)
+    assert jax.tree.structure(gradients) == jax.tree.structure(given["params"])
+    found = value, unfreeze(gradients), unfreeze(after)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_layers_that_do_not_move():
