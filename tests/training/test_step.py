@@ -283,6 +283,17 @@ def test_setting_it_twice_is_setting_it_once(set_flags):
     assert set_flags(once, "0.10.2") == once
 
 
+@pytest.fixture
+def no_folder_yet():
+    """Of compiled programs: an experiment in this process may have chosen one."""
+    name = "jax_compilation_cache_dir"
+    before = getattr(jax.config, name)
+    jax.config.update(name, None)
+    yield
+    jax.config.update(name, before)
+
+
+@pytest.mark.usefixtures("no_folder_yet")
 def test_programs_are_kept_unless_the_user_has_chosen(tmp_path, monkeypatch):
     changed = {}
     monkeypatch.setattr(jax.config, "update", changed.__setitem__)
