@@ -192,6 +192,7 @@ def real(tmp_path):
     return read
 
 
+@pytest.mark.long
 def test_mnist(real):
     dataset = real("mnist/3.0.1")
     assert [s.inputs.shape for s in splits(dataset)] == [

@@ -236,6 +236,7 @@ def test_sigterm_saves(whole, data_dir, tmp_path, monkeypatch, moment):
     assert_same(tmp_path / "w", whole[0])
 
 
+@pytest.mark.long
 def test_killed_by_the_system_in_half_precision(whole, data_dir, server, tmp_path):
     """With a checkpoint at every step; in a process of its own."""
     given = TINY | {"data_dir": data_dir, "checkpoint_every": 0, "dtype": "bfloat16"}

@@ -20,6 +20,7 @@ def losses(folder, **flags):
     return [loss for r in records for loss in (r["train_loss"][-1], r["test_loss"][-1])]
 
 
+@pytest.mark.long
 def test_the_group_and_not_the_number_of_devices_decides(tmp_path):
     alone = losses(tmp_path / "a", parallel="single", bn_group_size=16)
     # Eight devices of eight examples: a group is of two of them.

@@ -43,6 +43,7 @@ def losses(folder):
     return [json.loads(line)["test_loss"] for line in lines]
 
 
+@pytest.mark.long
 def test_two_processes_killed_and_started_again(pair, server, tmp_path):
     folder, alone = tmp_path / "two", tmp_path / "one"
     _, second = start(pair, folder)

@@ -9,8 +9,6 @@ import pytest
 from killing import FLAGS, PROGRAM, assert_same, kill, records
 from programs import PROGRESS
 
-KILLS = 20
-
 
 @pytest.fixture(scope="module")
 def whole(server, tmp_path_factory):
@@ -21,10 +19,11 @@ def whole(server, tmp_path_factory):
     return folder, time.monotonic() - start
 
 
-def test_killed_at_random_moments(whole, server, tmp_path):
+@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.long)])
+def test_killed_at_random_moments(whole, server, tmp_path, kills):
     """Some of them inside a save. tests/stress/kill.py kills more often."""
     expected, seconds = whole
-    print(kill(server, tmp_path, KILLS, expected, seconds))
+    print(kill(server, tmp_path, kills, expected, seconds))
 
 
 def test_sigterm_saves(whole, server, tmp_path):
