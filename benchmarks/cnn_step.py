@@ -21,11 +21,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.machine import describe_machine
 from benchmarks.payload import describe
 from benchmarks.peers.process import SIDES, check_sides, programs, sides
 from benchmarks.peers.task import Task
 from benchmarks.timing import interleave, median_ratio
+from benchmarks.where import describe_machine
 from bn_jax.linen import BatchNorm
 from bn_jax.models import CifarA
 from bn_jax.report.markdown import table

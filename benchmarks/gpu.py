@@ -30,7 +30,7 @@ from benchmarks import layer
 from benchmarks.gpu_layers import copies, layers
 from benchmarks.gpu_networks import NETWORKS, cifar10, network_a, with_and_without_norm
 from benchmarks.gpu_timer import SKIPPED, Row, Timer, reason
-from benchmarks.machine import describe_machine
+from benchmarks.where import describe_machine
 from bn_jax.errors import UserError
 from bn_jax.report import markdown
 from bn_jax.report.text import number, padded, percent

@@ -13,12 +13,14 @@ import numpy as np
 from jax import lax
 
 from benchmarks.gpu_timer import Row, Timer
-from bn_jax.data import Split, augmentation, batch_indices, load
+from benchmarks.peers import ours
+from benchmarks.peers.task import Task
+from bn_jax.data import Split, load
 from bn_jax.errors import UserError
 from bn_jax.linen import BatchNorm
-from bn_jax.models import CifarA, Inception, ResNet50
+from bn_jax.models import Inception, ResNet50
 from bn_jax.training.optimizers import optimizer
-from bn_jax.training.run import Run, Swept
+from bn_jax.training.run import Swept
 from bn_jax.training.step import init_state, train_step
 
 OURS, WITHOUT = "bn_jax", "none"
@@ -104,13 +106,8 @@ def network_a(
     """
     n = split.labels.size
     steps = n // batch
-    run = Run(
-        lambda swept: CifarA(features, CLASSES, norm=BatchNorm),
-        functools.partial(optimizer, "adam"),
-        lambda x: x.astype(jnp.float32) / 255,
-        lambda key, first, count: batch_indices(key, first, count, n, batch),
-        augment=augmentation(("shift", "flip")),
-    )
+    image = split.inputs.shape[1:]
+    run = ours.training(Task("cifar_a", features, image, n, batch, augment=True))
     swept, key = Swept(*np.float32([1e-3, 1, 0.99])), jax.random.key(0)
     start = functools.cache(lambda: jax.jit(run.init)(key, swept, split.inputs))
     order = jax.jit(lambda key: run.batches(key, 0, steps))

@@ -19,15 +19,13 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from PIL import Image
 
+from benchmarks.peers import ours
+from benchmarks.peers.task import Task
 from benchmarks.timing import interleave
-from bn_jax.data import Split, augmentation, images, load
+from bn_jax.data import augmentation, images, load
 from bn_jax.errors import UserError
-from bn_jax.linen import BatchNorm
-from bn_jax.models import CifarA
-from bn_jax.training.run import Run, Swept
 from bn_jax.training.xla import set_flags
 from experiments import flags
 from experiments.flags import flag
@@ -63,19 +61,13 @@ def loading(name: str, data_dir: str | None, rounds: int) -> float | None:
 
 def augmented(batch: int, rounds: int) -> dict[str, float]:
     """Seconds of a step of network A, and of each augmentation of its batch."""
-    rng = np.random.default_rng(0)
-    pixels = rng.normal(size=(batch, 32, 32, 3)).astype(np.float32)
-    split = Split(*jax.device_put((pixels, rng.integers(0, 10, batch).astype(np.int32))))
-    model = CifarA(FEATURES, norm=BatchNorm, dropout=0)
-    one = Run(lambda swept: model, optax.sgd, lambda x: x, batches=None)
-    swept, key = Swept(*np.float32([0.01, 1, 0.9])), jax.random.key(0)
-    state = jax.jit(one.init)(key, swept, split.inputs)
-    programs: dict[str, Callable[[], Any]] = {
-        "step": functools.partial(jax.jit(one.step), state, swept, split, np.arange(batch))
-    }
+    task = Task("cifar_a", FEATURES, (32, 32, 3), batch, batch, augment=False)
+    data, key = ours.data(task), jax.random.key(0)
+    pixels = data.scaled(data.train.inputs)
+    programs: dict[str, Callable[[], Any]] = {"step": ours.stepper(task)[1]}
     for names in (("shift", "flip"), ("shift", "flip", "distort")):
         change = jax.jit(augmentation(names))
-        programs[", ".join(names)] = functools.partial(change, key, split.inputs)
+        programs[", ".join(names)] = functools.partial(change, key, pixels)
     return {k: statistics.median(v) for k, v in interleave(programs, rounds).items()}
 
 

@@ -15,10 +15,8 @@ reverse mode keeps of the forward pass beside its arguments.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import math
-import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ import jax
 from benchmarks import contestants
 from benchmarks.contestants import BOTH, BOTH_WITH_RELU, TASKS
 from benchmarks.timing import interleave, keep_memory, median_ratio
+from benchmarks.where import describe_machine
 from bn_jax.errors import UserError
 from bn_jax.report import markdown
 from bn_jax.report.text import padded
@@ -37,6 +36,7 @@ from experiments.flags import flag
 OURS, BASELINE = "bn_jax", "flax fast"
 DTYPES = ("float32", "bfloat16", "float16")
 QUICK = 5  # rounds
+KEPT = "large blocks are kept for the next call (mallopt): no page faults are timed"
 # The shares of Flax's time to stay below at the largest shape; elsewhere it is 1.
 TARGETS = {BOTH.name: 0.6, BOTH_WITH_RELU.name: 0.4}
 
@@ -74,7 +74,9 @@ def run(config: Config) -> dict[str, Any]:
     Its `rows` have `shape`, `dtype`, `array_bytes`, `task`, `contestant`, the medians
     `seconds`, `to_flax` and `to_floor`, and `allocated` and `kept` in bytes, or None.
     """
-    settings = environment(keeps_memory=not config.page_faults and keep_memory())
+    keeps = not config.page_faults and keep_memory()
+    memory = KEPT if keeps else "as the allocator has it: page faults may be timed"
+    settings = {"machine": describe_machine("flax", "torch"), "memory": memory}
     for name, value in settings.items():
         print(f"- {name}: {value}")
     rows = []
@@ -91,21 +93,6 @@ def run(config: Config) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "layer.json").write_text(json.dumps(result, indent=2) + "\n")
     return result
-
-
-def environment(keeps_memory: bool) -> dict[str, str]:
-    """Device, versions, threads and how memory is allocated."""
-    torch = contestants.import_torch() if contestants.has_torch() else None
-    packages = ("jax", "jaxlib", "flax", *(("torch",) if torch else ()))
-    threads = f", torch on {torch.get_num_threads()} threads" if torch else ""
-    return {
-        "device": f"{jax.default_backend()}: {jax.devices()[0].device_kind}",
-        "versions": ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages),
-        "threads": f"{os.cpu_count()} cores{threads}",
-        "memory": "large blocks are kept for the next call (mallopt): no page faults are timed"
-        if keeps_memory
-        else "as the allocator has it: page faults may be timed",
-    }
 
 
 def measure(shape: str, dtype: str, rounds: int) -> list[dict[str, Any]]:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import dataclasses
 import statistics
 
-from benchmarks.machine import describe_machine
 from benchmarks.peers import ours
 from benchmarks.peers.process import SIDES, Process, check_sides, programs, sides
 from benchmarks.peers.task import Task
 from benchmarks.timing import interleave, median_ratio
+from benchmarks.where import describe_machine
 from bn_jax.report.markdown import table
 from bn_jax.report.text import padded
 from experiments import flags

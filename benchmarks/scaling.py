@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.machine import describe_machine
 from benchmarks.peers import ours
 from benchmarks.peers.task import Task
 from benchmarks.timing import interleave
+from benchmarks.where import describe_machine
 from bn_jax.errors import UserError
 from bn_jax.report.markdown import table
 from bn_jax.report.plotting import new_figure, tidy

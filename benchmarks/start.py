@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.machine import describe_machine
+from benchmarks.where import describe_machine
 from bn_jax.report.markdown import table
 from bn_jax.report.text import padded
 from experiments import flags

@@ -28,8 +28,8 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from benchmarks.machine import describe_machine
 from benchmarks.start import timed
+from benchmarks.where import describe_machine
 from bn_jax.data import batch_indices, load
 from bn_jax.linen import BatchNorm
 from bn_jax.measure import Budget, Point, sweep

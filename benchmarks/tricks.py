@@ -32,11 +32,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from benchmarks.machine import describe_machine
 from benchmarks.peers import ours
 from benchmarks.peers.process import Process
 from benchmarks.peers.task import Task
 from benchmarks.timing import interleave, keep_memory, median_ratio
+from benchmarks.where import describe_machine
 from bn_jax import batch_norm, moments, normalize
 from bn_jax.data.batches import permutation
 from bn_jax.measure import engines

@@ -20,7 +20,7 @@ from bn_jax.measure.grid import chunks
 from bn_jax.measure.layouts import Single
 from bn_jax.measure.programs import traced
 from bn_jax.models import MLP, CifarA
-from bn_jax.training.run import Run, Swept
+from bn_jax.training.run import Run, RunState, Swept
 from bn_jax.training.xla import set_flags
 
 
@@ -28,17 +28,19 @@ def prepare(task: Task, runs: int = 1, flags: bool = True) -> dict[str, Callable
     """The programs, and `parameters`; an epoch trains so many runs, together where it pays."""
     if flags:
         set_flags()
+    state, step = stepper(task)
     _, epoch = trainer(task, runs)
+    count = sum(v.size for v in jax.tree.leaves(state.train.params))
+    return {"step": step, "epoch": epoch, "parameters": lambda: count}
+
+
+def stepper(task: Task) -> tuple[RunState, Callable[[], Any]]:
+    """A state, and a call that makes the step from there on the first batch."""
     run, train = training(task), data(task).train
     swept, batch = Swept(*jnp.float32([task.learning_rate, 1, 0.9])), jnp.arange(task.batch)
     state = jax.jit(run.init)(jax.random.key(0), swept, train.inputs)
     compiled = jax.jit(run.step)
-
-    def step():
-        return jax.block_until_ready(compiled(state, swept, train, batch))
-
-    count = sum(v.size for v in jax.tree.leaves(state.train.params))
-    return {"step": step, "epoch": epoch, "parameters": lambda: count}
+    return state, lambda: jax.block_until_ready(compiled(state, swept, train, batch))
 
 
 def trainer(
