@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bn_jax.core.arrays import weigh
+from bn_jax.core.arrays import apart, is_stored_wide, weigh
 
 
 class Arguments(NamedTuple):
@@ -49,6 +49,7 @@ def tangent(
     *,
     reduced: tuple[int, ...],
     total: Callable[[tuple], tuple],
+    dtype: jnp.dtype,
 ) -> jax.Array:
     """dy of the equations above, `[...]`.
 
@@ -58,10 +59,11 @@ def tangent(
       d: the tangents of the arguments.
       reduced: the axes of x that were averaged over.
       total: the sums over the replicas that share statistics.
+      dtype: that the result, and transposed the cotangent, can be rounded to.
     """
     x, w, scale, bias, epsilon = at
-    dtype = mean.dtype
-    dx = d.x.astype(dtype)
+    wide = mean.dtype
+    dx = d.x.astype(wide)
     r = lax.rsqrt(var + epsilon)
     gain = r if scale is None else r * scale
 
@@ -71,11 +73,11 @@ def tangent(
         )
 
     s = unit(var)
-    x = x.astype(dtype)
     if w is not None:
         # Padding may hold anything, and its dx is 0: a product that is NaN must not reach
         # the sums.
-        x = jnp.where((w > 0) | jnp.isfinite(s * (x - mean)), x, 0)
+        x = jnp.where((w > 0) | jnp.isfinite(s * (x.astype(wide) - mean)), x, 0)
+    again, x = apart(x, mean).astype(wide), x.astype(wide)
     # Not one x - mean for both: XLA would store it and read it back. Nor a factor beside it
     # in the second, which transposed is the sum of (x - mean) y' that XLA on CPU can fuse.
     scaled = s * (x - mean)
@@ -84,7 +86,12 @@ def tangent(
     u = -gain * (r / s * dstd + 0.5 * r * d.epsilon)
     u = u if scale is None else u + d.scale
     v = -gain * dmean if bias is None else d.bias - gain * dmean
-    return gain * dx + (x - lax.optimization_barrier(mean)) * (r * u) + v
+    # Each term is rounded, which costs the transposed map nothing: there each reads the
+    # cotangent for itself.
+    term = dtype if is_stored_wide(dtype) else wide
+    v = apart(jnp.broadcast_to(v, x.shape).astype(term))
+    h = (again - lax.optimization_barrier(mean)) * (r * u)
+    return (gain * dx).astype(term) + apart(h.astype(term) + v)
 
 
 def unit(var: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
+from jax.typing import DTypeLike
 
 from bn_jax.core import sync as _sync
 from bn_jax.core.arrays import (
@@ -26,6 +27,9 @@ from bn_jax.core.arrays import (
 from bn_jax.core.backward import Arguments, tangent, unit
 from bn_jax.core.moments import Moments, moments
 
+# Of these the derivative is 0 or 1, so that a cotangent in half precision remains one.
+EXACT = (None, jax.nn.relu, jax.nn.relu6)
+
 
 def batch_norm(
     x: jax.Array,
@@ -39,6 +43,7 @@ def batch_norm(
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     sync: Callable[..., Moments] = _sync.sync,
     activation: Callable[[jax.Array], jax.Array] | None = None,
+    dtype: DTypeLike | None = None,
     allow_single: bool = False,
 ) -> tuple[jax.Array, Moments]:
     """Normalises x by the statistics of the batch, and returns what it measured.
@@ -62,10 +67,11 @@ def batch_norm(
       activation: applied to the result, element by element. Its derivative is taken from
         values that the backward pass computes again: nothing more than x is kept for it.
         A function of its argument alone: it cannot close over what is differentiated.
+      dtype: of y; by default what x, scale and bias promote to.
       allow_single: go on where there is one element per feature, whose y is the bias.
 
     Returns:
-      y of x's shape, in the dtype that x, scale and bias promote to, and the Moments.
+      y of x's shape, and the Moments.
 
     Raises:
       TypeError, ValueError: as `moments`; scale or bias of another shape; or one element
@@ -78,12 +84,13 @@ def batch_norm(
         "axis": axis, "mask": mask,
         "axis_name": axis_name, "axis_index_groups": axis_index_groups,
     }  # fmt: skip
-    dtype = result_type(x, scale, bias)
+    dtype = result_type(dtype, x, scale, bias)
     if not _has_rule(axis_name):
         x = x.astype(accumulation_dtype(x))  # once: autodiff's parts of dx are rounded once
     batch = moments(x, **common, sync=sync)
-    y = normalize_batch(x, batch, scale, bias, **common, epsilon=epsilon, activation=activation)
-    return y.astype(dtype), batch
+    return normalize_batch(
+        x, batch, scale, bias, **common, epsilon=epsilon, activation=activation, dtype=dtype
+    ), batch
 
 
 def normalize_batch(
@@ -98,6 +105,7 @@ def normalize_batch(
     axis_name: Hashable | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """`normalize` by the moments of x itself, with the derivative in closed form.
 
@@ -108,12 +116,11 @@ def normalize_batch(
     x = jnp.asarray(x)
     wide = widen(x, axis, scale=scale, bias=bias)
     at = Arguments(x, weights(x, mask), *wide, jnp.asarray(epsilon, real_dtype(x)))
-    static = _Static(_hashable(axis), axis_name, _hashable(axis_index_groups), activation)
+    groups, dtype = _hashable(axis_index_groups), result_type(dtype, x, scale, bias)
+    static = _Static(_hashable(axis), axis_name, groups, activation, dtype)
     if _has_rule(axis_name):
-        y = _normalize(static, _varying_alike(at), batch)
-    else:
-        y = _by_autodiff(static, at, batch)
-    return y.astype(result_type(x, scale, bias))
+        return _normalize(static, _varying_alike(at), batch)
+    return _by_autodiff(static, at, batch).astype(dtype)
 
 
 def normalize(
@@ -126,6 +133,7 @@ def normalize(
     axis: Axes = -1,
     epsilon: float = 1e-5,
     activation: Callable[[jax.Array], jax.Array] | None = None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """scale (x - mean) / sqrt(var + epsilon) + bias, with statistics that are given.
 
@@ -139,21 +147,21 @@ def normalize(
       x: floating-point or complex array.
       mean, var, scale, bias: `[features]`, or of x's rank and broadcastable to it; scale
         and bias may be None.
-      axis, epsilon, activation: as in `batch_norm`.
+      axis, epsilon, activation, dtype: as in `batch_norm`.
 
     Returns:
-      y of x's shape, in the dtype that x, scale and bias promote to.
+      y of x's shape.
 
     Raises:
       TypeError, ValueError: as `batch_norm`.
     """
     x = jnp.asarray(x)
-    dtype = functools.reduce(
+    computed = functools.reduce(
         jnp.promote_types, [jnp.result_type(v) for v in (mean, var)], accumulation_dtype(x)
     )
     wide = widen(x, axis, mean=mean, var=var, scale=scale, bias=bias)
-    y = _activated(activation, _affine(x.astype(dtype), *wide, epsilon))
-    return y.astype(result_type(x, scale, bias))
+    y = _activated(activation, _affine(x.astype(computed), *wide, epsilon))
+    return y.astype(result_type(dtype, x, scale, bias))
 
 
 def _affine(x, mean, var, scale, bias, epsilon):
@@ -171,11 +179,12 @@ class _Static(NamedTuple):
     axis_name: Hashable | None
     axis_index_groups: tuple[tuple[int, ...], ...] | None
     activation: Callable | None
+    dtype: jnp.dtype
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _normalize(static, at, batch):
-    return _activated(static.activation, _linear(static, at, batch))
+    return _activated(static.activation, _linear(static, at, batch)).astype(static.dtype)
 
 
 @_normalize.defjvp
@@ -214,10 +223,12 @@ def _tangent(static, at, batch, d):
         at, mean, var, *widen(at.x, static.axis, count=count), d,
         reduced=split_axes(at.x.shape, static.axis)[1],
         total=functools.partial(_total, static, at.x),
+        dtype=static.dtype if static.activation in EXACT else mean.dtype,
     )  # fmt: skip
     if static.activation is None:
         return dy
-    return jax.jvp(static.activation, (_linear(static, at, batch),), (dy,))[1]
+    z = _linear(static, at, batch)
+    return jax.jvp(static.activation, (z,), (dy.astype(z.dtype),))[1]
 
 
 def _total(static, x, sums):
@@ -257,9 +268,10 @@ def refuse_single(shape, axis, axis_name=None, groups=None) -> None:
         )
 
 
-def result_type(*arrays: jax.Array | None) -> jnp.dtype:
-    """What the arrays that are given promote to."""
-    return jnp.result_type(*(v for v in arrays if v is not None))
+def result_type(dtype: DTypeLike | None, *arrays: jax.Array | None) -> jnp.dtype:
+    """dtype, or what the arrays that are given promote to."""
+    given = (v for v in arrays if v is not None)
+    return jnp.dtype(jnp.result_type(*given) if dtype is None else dtype)
 
 
 def _hashable(v):

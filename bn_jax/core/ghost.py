@@ -43,7 +43,7 @@ def ghost_batch_norm(
       strided: of G groups example i is in group i mod G, in place of runs of neighbours.
       axis_name: mapped axis over which the batch is laid out, device after device. A group
         is of the whole batch: part of a device's examples, or those of several devices.
-      **options: epsilon, activation and sync of `batch_norm`.
+      **options: epsilon, activation, dtype and sync of `batch_norm`.
 
     Returns:
       y of x's shape, and the Moments of every group of the whole batch, `[groups,

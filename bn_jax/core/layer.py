@@ -40,16 +40,17 @@ def forward(
       use_running_average: normalise by `stats`, and return them as they are.
       initializing: one example and no mapped axis are customary, and nothing is learnt.
     """
-    common = {"axis": layer.axis, "epsilon": layer.epsilon, "activation": layer.activation}
+    common = {
+        "axis": layer.axis, "epsilon": layer.epsilon,
+        "activation": layer.activation, "dtype": layer.dtype,
+    }  # fmt: skip
     if use_running_average:
-        y = normalize(x, stats.mean, stats.var, scale, bias, **common)
-        return _cast(y, layer.dtype), stats
+        return normalize(x, stats.mean, stats.var, scale, bias, **common), stats
     y, batch = function(
         x, scale=scale, bias=bias, mask=mask, **common,
         **({} if initializing else _replicas(layer)),
         allow_single=layer.allow_single or initializing,
     )  # fmt: skip
-    y = _cast(y, layer.dtype)
     return y, stats if initializing else updated(layer, stats, batch)
 
 
@@ -94,7 +95,3 @@ def _replicas(layer):
     if layer.axis_index_groups is not None:
         replicas["axis_index_groups"] = layer.axis_index_groups
     return replicas
-
-
-def _cast(y, dtype):
-    return y if dtype is None else y.astype(dtype)

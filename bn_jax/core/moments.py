@@ -9,6 +9,7 @@ With weights w_i (1 where there is no mask) and n = sum_i w_i, per feature
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
@@ -22,7 +23,9 @@ from bn_jax.core.arrays import (
     Axes,
     abs2,
     accumulation_dtype,
+    apart,
     element_count,
+    is_stored_wide,
     split_axes,
     weigh,
     weights,
@@ -121,32 +124,47 @@ def _local_moments(x: jax.Array, reduced: tuple[int, ...], w: jax.Array | None) 
     if w is not None:
         # Here and not only in the sums: the derivative of a weight of 0 times NaN is NaN.
         x = jnp.where(w > 0, x, 0)
-    x = x.astype(dtype)  # once: the gradient is summed in float32 and rounded once
-    if w is not None:
-        # A mask may leave out the whole sample: the shift is a mean of its own pass.
-        return Moments(*_about(average(x), x, reduced, average), count)
+
+    x = x if is_stored_wide(x.dtype) else x.astype(dtype)
 
     def about_sample(x):
-        return _about(_sample_mean(x, reduced), x, reduced, average)
+        first, second = _twice(x, dtype)
+        # A mask may leave out the whole sample: then the shift is a mean of its own pass.
+        shift = _sample_mean(x, reduced, dtype) if w is None else average(first)
+        return _about(shift, first, second, reduced, average)
 
-    if not _raw_sums_first(x):
+    if w is not None or not _raw_sums_first(x):
         return Moments(*about_sample(x), count)
-    mean = average(x)
-    var = average(abs2(x)) - abs2(mean)
+    first, second = _twice(x, dtype)
+    mean = average(first)
+    var = average(abs2(second)) - abs2(mean)
     # The difference has 1 + mean^2 / var times the relative error of its terms; of a constant
     # 3e18 the sum of squares is inf.
     near = jnp.all((abs2(mean) <= NEAR * var) & (var < jnp.inf))
     return Moments(*lax.cond(near, lambda x: (mean, var), about_sample, x), count)
 
 
-def _about(shift, x, reduced, average):
-    """Mean and variance by sums of x - shift and its square."""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _twice(x, dtype):
+    """x in that dtype, for two sums; their gradients are added in it and rounded once."""
+    first = apart(x)
+    return first.astype(dtype), apart(first).astype(dtype)
+
+
+@_twice.defjvp
+def _twice_jvp(dtype, primals, tangents):
+    dx = tangents[0].astype(dtype)
+    return _twice(*primals, dtype), (dx, dx)
+
+
+def _about(shift, first, second, reduced, average):
+    """Mean and variance by sums of x - shift and its square, each from an x of its own."""
     shift = lax.stop_gradient(jnp.expand_dims(shift, reduced))
     # Under one name XLA computes x - shift once, stores it, and reads it back for each of
     # the sums: 25 ms in place of 5 for 8M elements on two cores.
     same = lax.optimization_barrier(shift)
-    error = average(x - shift)
-    square = average(abs2(x - same))
+    error = average(first - shift)
+    square = average(abs2(second - same))
     # Both may be inf, of which the difference is NaN.
     var = jnp.where(jnp.isinf(square), square, jnp.maximum(square - abs2(error), 0))
     return shift.reshape(error.shape) + error, var
@@ -163,7 +181,7 @@ def _raw_sums_first(x):
     return large and jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
-def _sample_mean(x, reduced):
+def _sample_mean(x, reduced, dtype):
     """The mean of at least every 256th element, and of at least 16.
 
     Of n elements s have a mean within sqrt(n/s) std of the mean of all, whatever the
@@ -180,4 +198,4 @@ def _sample_mean(x, reduced):
         strides[a] = max(1, min(x.shape[a], left))
         left //= strides[a]
     sample = lax.slice(x, (0,) * x.ndim, x.shape, strides)
-    return jnp.mean(sample, axis=reduced)
+    return jnp.mean(sample, axis=reduced, dtype=dtype)

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from bn_jax.core.arrays import check_features, widen
 from bn_jax.core.batch_norm import normalize_batch, refuse_single, result_type
@@ -58,6 +59,7 @@ def batch_renorm(
     axis_index_groups=None,
     sync=_sync,
     activation: Callable[[jax.Array], jax.Array] | None = None,
+    dtype: DTypeLike | None = None,
     allow_single: bool = False,
 ) -> tuple[jax.Array, Moments]:
     """Normalises x by the statistics of the batch, corrected towards the running ones.
@@ -86,16 +88,16 @@ def batch_renorm(
     }  # fmt: skip
     batch = moments(x, **common, sync=sync)
     r, d = lax.stop_gradient(_corrections(batch, stats, r_max, d_max, epsilon))
-    dtype = result_type(x, scale, bias)  # r and d are in float32 whatever x is
+    dtype = result_type(dtype, x, scale, bias)  # r and d are in float32 whatever x is
     r, d, scale, bias = widen(x, axis, r=r, d=d, scale=scale, bias=bias)
     shift = d if scale is None else d * scale
     y = normalize_batch(
         x, batch,
         r if scale is None else r * scale,
         shift if bias is None else shift + bias,
-        **common, epsilon=epsilon, activation=activation,
+        **common, epsilon=epsilon, activation=activation, dtype=dtype,
     )  # fmt: skip
-    return y.astype(dtype), batch
+    return y, batch
 
 
 def _corrections(batch, stats, r_max, d_max, epsilon):

@@ -11,6 +11,9 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from bn_jax.core.batch_norm import batch_norm, normalize
+from bn_jax.core.ghost import ghost_batch_norm
+from bn_jax.core.renorm import batch_renorm
+from bn_jax.core.running import BatchStats
 
 
 class Case(NamedTuple):
@@ -177,6 +180,76 @@ def test_half_precision(x_dtype, scale_dtype, bias_dtype, dtype):
             assert v.dtype == argument.dtype
             rtol = float(jnp.finfo(v.dtype).eps)
             np.testing.assert_allclose(np.asarray(v, np.float64), want_v, rtol, 1e-4)
+
+
+STATS = BatchStats(jnp.full(3, 0.5), jnp.full(3, 2.0), jnp.float32(4))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        batch_norm,
+        functools.partial(ghost_batch_norm, group_size=8),
+        lambda x, *v, **k: batch_renorm(x, STATS, *v, **k),
+        lambda x, *v, **k: (normalize(x, STATS.mean, STATS.var, *v, **k),),
+    ],
+)
+@pytest.mark.parametrize("activation", [None, jax.nn.relu, jnp.tanh])
+@pytest.mark.parametrize(
+    ("given", "dtype"),
+    [("bfloat16", "bfloat16"), ("float32", "float16"), ("float16", "float32")],
+)
+def test_dtype_of_the_result(function, activation, given, dtype):
+    """As if the result were cast: the gradients too, of parameters in float32."""
+    x, scale, bias, _, (dy, *_) = draw(Case((64, 3)), np.float32)
+    x, dy = jnp.asarray(x, given), jnp.asarray(dy, dtype)
+
+    def ours(x, scale, bias):
+        return function(x, scale, bias, activation=activation, dtype=dtype)[0]
+
+    def cast(x, scale, bias):
+        x = x.astype(jnp.float32)
+        return function(x, scale, bias, activation=activation)[0].astype(dtype)
+
+    got, vjp = jax.vjp(jax.jit(ours), x, scale, bias)
+    want, want_vjp = jax.vjp(jax.jit(cast), x, scale, bias)
+    assert got.dtype == dtype
+    for v, w in zip((got, *vjp(dy)), (want, *want_vjp(dy)), strict=True):
+        assert v.dtype == w.dtype
+        rtol = float(jnp.finfo(v.dtype).eps)
+        v, w = (np.asarray(u, np.float64) for u in (v, w))
+        np.testing.assert_allclose(v, w, rtol, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_forward_mode(dtype):
+    """Of bfloat16 on CPU its terms are rounded, of which there are three."""
+    x, scale, bias, _, (dx, *_) = draw(Case((64, 3)))
+    x, dx = (jnp.asarray(v, dtype) for v in (x, dx))
+    f = functools.partial(batch_norm, dtype=dtype)
+    _, got = jax.jvp(lambda x: f(x, *map(jnp.float32, (scale, bias)))[0], (x,), (dx,))
+    x64, dx64 = (np.asarray(v, np.float64) for v in (x, dx))
+    mean, var = x64.mean(0), x64.var(0)
+    h = (x64 - mean) / np.sqrt(var + 1e-5)
+    gain = scale / np.sqrt(var + 1e-5)
+    want = gain * (dx64 - dx64.mean(0) - h * np.mean(h * dx64, 0))
+    atol = 3 * float(jnp.finfo(dtype).eps) * np.max(np.abs(want))
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, 0, atol)
+
+
+@pytest.mark.parametrize("activation", [None, jax.nn.relu])
+def test_bfloat16_has_no_float32_copy(activation):
+    """XLA on CPU makes one of what is summed twice under one name."""
+    x = dy = jnp.ones((64, 16, 16, 32), jnp.bfloat16)
+
+    def both(x, scale, bias, dy):
+        f = functools.partial(batch_norm, activation=activation, dtype=jnp.bfloat16)
+        y, vjp, seen = jax.vjp(f, x, scale, bias, has_aux=True)
+        return y, vjp(dy), seen
+
+    program = jax.jit(both).lower(x, jnp.ones(32), jnp.zeros(32), dy).compile()
+    masked = 0 if activation is None else x.nbytes
+    assert program.memory_analysis().temp_size_in_bytes < masked + x.nbytes / 2
 
 
 def test_mask_is_a_constant():
