@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -73,16 +74,16 @@ def run(tmp_path_factory):
 
 
 def said(error):
-    """The lines that are from us, and not from JAX."""
-    return [line for line in error.splitlines() if line.startswith("error: ")]
+    """What is from us, and not from JAX; it may stand within a line of a traceback."""
+    return re.findall(r"error: process .*", error)
 
 
 @pytest.fixture(scope="module")
 def trained(run, tmp_path_factory):
     """What each of two processes has after training, as two tasks of a Slurm job."""
     file = tmp_path_factory.mktemp("trained") / "results"
-    # JAX's port on Slurm is 61440 + job % 4096.
-    job = free_port(61440, 65535) - 61440
+    # JAX's port on Slurm is 61440 + job % 4096. Another worker may look for one right now.
+    job = free_port(61440 + os.getpid() % 4000, 65535) - 61440
     slurm = {
         "SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
         "SLURM_STEP_NUM_NODES": "1",

@@ -132,6 +132,7 @@ def main(what, file, coordinator=None, number=None, process=None):
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         distributed.shutdown(2)
+        sys.exit(2)
     if what == "train":
         train_and_save(file)
     else:
