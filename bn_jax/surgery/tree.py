@@ -37,13 +37,13 @@ def flat(variables: Any, kind: Any = nnx.Variable) -> dict[Path, Any]:
 
 def value(v: Any) -> jax.Array:
     """The array that a Variable or a box holds."""
-    return v[...] if isinstance(v, nnx.Variable) else nn.unbox(v)
+    return v.get_value() if isinstance(v, nnx.Variable) else nn.unbox(v)
 
 
-def by_layer(variables: Any) -> dict[Path, Leaves]:
+def by_layer(variables: Any, kind: Any = nnx.Param | nnx.BatchStat) -> dict[Path, Leaves]:
     """The parameters and running statistics of every path, by their names."""
     found: dict[Path, Leaves] = defaultdict(dict)
-    for path, v in flat(variables, nnx.Param | nnx.BatchStat).items():
+    for path, v in flat(variables, kind).items():
         found[path[:-1]][path[-1]] = value(v)
     return dict(found)
 

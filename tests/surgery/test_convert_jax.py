@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from convert_networks import MORE, SHAPE, TORCH_PADS, X, call, linen, of_nnx
+from flax import nnx
 from layers import assert_close
 
 from bn_jax.surgery import convert
@@ -157,3 +158,26 @@ def test_flax():
         convert.to_flax((model, fresh, {"train": False}), other, state, X),
     ):
         jax.tree.map(np.testing.assert_array_equal, back, variables)
+
+
+class Kernel(nnx.Variable):
+    pass
+
+
+class Dense(nnx.Module):
+    """Its kernel is a Variable of the user's, and it has one that holds a dict."""
+
+    def __init__(self, seed):
+        self.layer = nnx.Linear(3, 2, rngs=nnx.Rngs(seed))
+        self.layer.kernel = Kernel(self.layer.kernel.get_value())
+        self.tables = nnx.Variable({"offset": jnp.zeros((1, 2))})
+
+    def __call__(self, x):
+        return self.layer(x) + self.tables.get_value()["offset"]
+
+
+def test_variables_of_other_types():
+    x = jnp.ones((4, 3))
+    (model, values), (_, template) = (nnx.split(Dense(seed)) for seed in range(2))
+    state = convert.from_flax((model, values), model, template, x)
+    assert_close(nnx.merge(model, state)(x), nnx.merge(model, values)(x), 1e-12)

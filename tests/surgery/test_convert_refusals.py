@@ -181,7 +181,7 @@ def test_modules():
             read(module)
 
 
-def testgrouped_transposed_convolutions():
+def test_grouped_transposed_convolutions():
     """Flax has none, and without a bias the shapes of one fit."""
     torch = pytest.importorskip("torch")
     model = nn.ConvTranspose(2, (3, 3), padding="VALID", use_bias=False)

@@ -32,6 +32,19 @@ def test_nonfinite_variables(build, path, name):
     assert name in found.meaning
 
 
+def test_nonfinite_in_a_variable_that_holds_a_dict():
+    class Scaled(nnx.Module):
+        def __init__(self):
+            self.tables = nnx.Variable({"scale": jnp.array([[1, jnp.nan]])})
+
+        def __call__(self, x):
+            return x * self.tables.get_value()["scale"]
+
+    (found,) = diagnose(*nnx.split(Scaled()), jnp.ones((4, 2)))
+    assert (found.kind, found.path, found.figure) == ("nonfinite", (), 1)
+    assert "1 of tables['scale']" in found.meaning
+
+
 @each_subject
 def test_nonfinite_activations(build):
     """float32 ends at 3.4e38: the layer's variables are finite, and its output is not."""

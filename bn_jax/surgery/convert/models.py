@@ -47,7 +47,7 @@ def read(model: Model, variables: Any, *inputs: Any, **call: Any) -> list[Layer]
     Raises:
       ValueError: a parameter or statistic that is of no layer that is known and called.
     """
-    own = by_layer(variables)
+    own = by_layer(variables, nnx.Variable)
     found: dict[Path, Layer] = {}
 
     def hook(one):
@@ -60,7 +60,7 @@ def read(model: Model, variables: Any, *inputs: Any, **call: Any) -> list[Layer]
 
     watched = intercept(model, variables, hook, sum(KINDS.values(), ()))
     jax.eval_shape(lambda v, x: apply(watched, v, *x, **call), variables, inputs)
-    if unknown := own.keys() - found.keys():
+    if unknown := by_layer(variables).keys() - found.keys():
         raise ValueError(
             f"cannot convert {', '.join(sorted(map(spelled, unknown)))}: not called, or no "
             f"{', '.join(KINDS)}"
@@ -70,7 +70,7 @@ def read(model: Model, variables: Any, *inputs: Any, **call: Any) -> list[Layer]
 
 def write(variables: Any, new: dict[str, Arrays]) -> Any:
     """The variables with other arrays in the layers of these names."""
-    paths = {spelled(path): path for path in by_layer(variables)}
+    paths = {spelled(path): path for path in by_layer(variables, nnx.Variable)}
     return set_leaves(variables, {paths[name]: arrays for name, arrays in new.items()})
 
 

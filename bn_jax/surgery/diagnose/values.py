@@ -19,7 +19,11 @@ from bn_jax.surgery.intercept import Path
 def modules(variables: Any) -> dict[Path, dict[Path, jax.Array]]:
     """The floating-point variables of every module, by collection and name."""
     if isinstance(variables, nnx.State):
-        flat = {("", *p): v[...] for p, v in nnx.to_flat_state(variables)}
+        flat = {
+            ("", *path[:-1], f"{path[-1]}{jax.tree_util.keystr(within)}"): leaf
+            for path, v in nnx.to_flat_state(variables)
+            for within, leaf in jax.tree_util.tree_leaves_with_path(v.get_value())
+        }
     else:
         flat = traverse_util.flatten_dict(nn.unbox(variables))
     found: dict[Path, dict[Path, jax.Array]] = defaultdict(dict)
