@@ -27,12 +27,13 @@ HASTY = {
 }  # fmt: skip
 
 
-# Many cases of what changes seldom: some five minutes. `pytest -m long` runs these alone,
+# Many cases of what changes seldom: some ten minutes. `pytest -m long` runs these alone,
 # `pytest -m ""` all; .ci/run a third of them, another one every day.
 LONG = {
     "test_accumulate", "test_convert_jax", "test_convert_keras",
-    "test_convert_layers", "test_convert_torch", "test_diagnose_models", "test_flow",
-    "test_fold", "test_foreign", "test_transformations",
+    "test_convert_layers", "test_convert_torch", "test_diagnose_models",
+    "test_diagnose_statistics", "test_diagnose_training", "test_flow", "test_fold",
+    "test_foreign", "test_transformations",
 }  # fmt: skip
 
 
