@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bn_jax.models.images import check_images
 from bn_jax.models.norms import ACTIVATIONS, Norm, normalized, with_fields
 from bn_jax.models.pooling import max_pool
 
@@ -120,8 +121,7 @@ class Airbench(nn.Module):
         Raises:
           ValueError: x is of another rank, or the images are too small for the max-pools.
         """
-        if x.ndim != 4:
-            raise ValueError(f"images are [n, height, width, channels], not {x.shape}")
+        check_images(x)
         if (min(x.shape[1:3]) - 1) >> len(self.features) < 1:
             raise ValueError(
                 f"images of {x.shape[1:]} are too small for {len(self.features)} blocks"

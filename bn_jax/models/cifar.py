@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 
+from bn_jax.models.images import check_images
 from bn_jax.models.norms import Norm, hidden_layer, normalized
 from bn_jax.models.pooling import max_pool
 
@@ -40,8 +41,7 @@ class _Cifar(nn.Module):
         mask: jax.Array | None,
     ) -> jax.Array:
         """x through the blocks, flattened; `second` is the second convolution's padding."""
-        if x.ndim != 4:
-            raise ValueError(f"images are [n, height, width, channels], not {x.shape}")
+        check_images(x)
         image = x.shape[1:]
         if "input" in self.places:
             x = normalized(self.norm, x, train, mask)

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bn_jax.models.images import check_images
 from bn_jax.models.norms import Norm, hidden_layer, normalized, with_fields
 from bn_jax.models.pooling import avg_pool, max_pool
 
@@ -152,10 +153,7 @@ class Inception(nn.Module):
         return nn.Dense(self.num_outputs)(x)
 
     def _check(self, x):
-        if x.ndim != 4:
-            raise ValueError(f"images are [n, height, width, channels], not {x.shape}")
-        if self.stem not in ("imagenet", "small"):
-            raise ValueError(f"stem={self.stem!r}: choose imagenet or small")
+        check_images(x, self.stem)
         for name in self.blocks:
             if name not in BLOCKS:
                 raise ValueError(f"no block {name!r}: choose from {', '.join(BLOCKS)}")

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bn_jax.models.images import check_images
 from bn_jax.models.norms import ACTIVATIONS, Norm, normalized, with_fields
 from bn_jax.models.pooling import max_pool
 
@@ -107,7 +108,7 @@ class ResNet(nn.Module):
         Raises:
           ValueError: x is of another rank, or an unknown stem.
         """
-        self._check(x)
+        check_images(x, self.stem)
         x = self._stem(functools.partial(_convolution, self, train, mask), x)
         for stage, count in enumerate(self.blocks):
             for i in range(count):
@@ -130,12 +131,6 @@ class ResNet(nn.Module):
 
     def _channels(self, stage):
         return 4 * max(1, round(64 * 2**stage * self.width / 4))
-
-    def _check(self, x):
-        if x.ndim != 4:
-            raise ValueError(f"images are [n, height, width, channels], not {x.shape}")
-        if self.stem not in ("imagenet", "small"):
-            raise ValueError(f"stem={self.stem!r}: choose imagenet or small")
 
 
 class ResNet18(ResNet):
