@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bn_jax.core.arrays import apart, is_stored_wide, weigh
+from bn_jax.core.rounded import rounded_sum
 
 
 class Arguments(NamedTuple):
@@ -86,12 +87,10 @@ def tangent(
     u = -gain * (r / s * dstd + 0.5 * r * d.epsilon)
     u = u if scale is None else u + d.scale
     v = -gain * dmean if bias is None else d.bias - gain * dmean
-    # Each term is rounded, which costs the transposed map nothing: there each reads the
-    # cotangent for itself.
-    term = dtype if is_stored_wide(dtype) else wide
-    v = apart(jnp.broadcast_to(v, x.shape).astype(term))
     h = (again - lax.optimization_barrier(mean)) * (r * u)
-    return (gain * dx).astype(term) + apart(h.astype(term) + v)
+    if not is_stored_wide(dtype):
+        return gain * dx + h + v
+    return rounded_sum(gain * dx, h, v + jnp.zeros_like(h), dtype=dtype)
 
 
 def unit(var: jax.Array) -> jax.Array:

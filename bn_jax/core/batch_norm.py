@@ -74,8 +74,8 @@ def batch_norm(
       y of x's shape, and the Moments.
 
     Raises:
-      TypeError, ValueError: as `moments`; scale or bias of another shape; or one element
-        per feature.
+      TypeError, ValueError: as `moments`; scale or bias of another shape; a dtype of
+        integers; or one element per feature.
     """
     x = jnp.asarray(x)
     if not allow_single:
@@ -270,8 +270,12 @@ def refuse_single(shape, axis, axis_name=None, groups=None) -> None:
 
 def result_type(dtype: DTypeLike | None, *arrays: jax.Array | None) -> jnp.dtype:
     """dtype, or what the arrays that are given promote to."""
-    given = (v for v in arrays if v is not None)
-    return jnp.dtype(jnp.result_type(*given) if dtype is None else dtype)
+    if dtype is None:
+        return jnp.result_type(*(v for v in arrays if v is not None))
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(f"dtype={dtype}: y is of floating-point numbers, such as float32")
+    return dtype
 
 
 def _hashable(v):

@@ -12,6 +12,7 @@ from jax.test_util import check_grads
 
 from bn_jax.core.batch_norm import batch_norm, normalize
 from bn_jax.core.ghost import ghost_batch_norm
+from bn_jax.core.moments import moments
 from bn_jax.core.renorm import batch_renorm
 from bn_jax.core.running import BatchStats
 
@@ -222,10 +223,12 @@ def test_dtype_of_the_result(function, activation, given, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_forward_mode(dtype):
-    """Of bfloat16 on CPU its terms are rounded, of which there are three."""
-    x, scale, bias, _, (dx, *_) = draw(Case((64, 3)))
-    x, dx = (jnp.asarray(v, dtype) for v in (x, dx))
+@pytest.mark.parametrize("along", ["a constant", "x"])
+def test_half_precision_forward_mode(dtype, along):
+    """Rounded once, also where large terms cancel: y does not follow x's unit or its zero."""
+    x, scale, bias, _, (noise, *_) = draw(Case((64, 3)))
+    x = jnp.asarray(x, dtype)
+    dx = jnp.asarray(noise + (50 if along == "a constant" else 20 * x), dtype)
     f = functools.partial(batch_norm, dtype=dtype)
     _, got = jax.jvp(lambda x: f(x, *map(jnp.float32, (scale, bias)))[0], (x,), (dx,))
     x64, dx64 = (np.asarray(v, np.float64) for v in (x, dx))
@@ -233,8 +236,35 @@ def test_half_precision_forward_mode(dtype):
     h = (x64 - mean) / np.sqrt(var + 1e-5)
     gain = scale / np.sqrt(var + 1e-5)
     want = gain * (dx64 - dx64.mean(0) - h * np.mean(h * dx64, 0))
-    atol = 3 * float(jnp.finfo(dtype).eps) * np.max(np.abs(want))
-    np.testing.assert_allclose(np.asarray(got, np.float64), want, 0, atol)
+    step = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, step, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("x_dtype", "dtype"),
+    [("float32", "complex64"), ("bfloat16", "float64"), ("float32", "float64")],
+)
+def test_parameters_of_a_wider_kind_than_x(x_dtype, dtype, x64):
+    """Derivatives are in the dtype of y: not real, nor float32, on the way."""
+    x, scale, bias, _, (dy, *_) = draw(Case((6, 3)))
+    factor = 1 + 2j if dtype == "complex64" else 1e45  # beyond float32
+    x, scale = jnp.asarray(x, x_dtype), jnp.asarray(scale, dtype)
+    bias, dy = (jnp.asarray(factor * v, dtype) for v in (bias, dy))
+
+    def plain(x, scale, bias):
+        batch = moments(x)
+        return normalize(x, batch.mean, batch.var, scale, bias)
+
+    def ours(x, scale, bias):
+        return batch_norm(x, scale, bias)[0]
+
+    def derivatives(f):
+        y, tangent = jax.jvp(f, (x, scale, bias), (x, scale, bias))
+        return y, tangent, *jax.vjp(f, x, scale, bias)[1](dy)
+
+    for got, want in zip(derivatives(ours), derivatives(plain), strict=True):
+        assert got.dtype == want.dtype
+        np.testing.assert_allclose(got, want, 1e-4, 1e-5)
 
 
 @pytest.mark.parametrize("activation", [None, jax.nn.relu])
@@ -402,14 +432,22 @@ def test_jit_with_sharding_is_global(make_mesh):
     assert_same(got, single_device(x, scale, bias, 0.1, mask))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("n", [8, 36, 64])
-def test_explicit_sharding(n):
+def test_explicit_sharding(n, dtype):
     # The default of jax.make_mesh; of 36 examples no even part would fit 4 devices.
     mesh, x = jax.make_mesh((4,), ("batch",)), draw(Case((n, 3)), np.float32)[0]
-    value_and_grad = jax.jit(jax.value_and_grad(lambda x: jnp.sum(batch_norm(x)[0] ** 3)))
+    x = jnp.asarray(x, dtype)
+
+    def loss(x):
+        return jnp.sum(batch_norm(x)[0].astype(jnp.float32) ** 3)
+
+    value_and_grad = jax.jit(jax.value_and_grad(loss))
     with jax.set_mesh(mesh):
         got = value_and_grad(jax.device_put(x, NamedSharding(mesh, P("batch"))))
+        compiled = value_and_grad.lower(got[1]).compile().as_text()
     assert_same(jax.tree.map(np.asarray, got), value_and_grad(x))
+    assert "all-gather" not in compiled
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((4, 3), -1), ((3, 2, 4), 0), ((2, 3, 4), (0, 2))])
@@ -449,3 +487,5 @@ def test_inputs_that_do_not_fit_are_refused():
         batch_norm(jnp.ones((0, 3)))
     with pytest.raises(ValueError, match="mask"):
         batch_norm(jnp.ones((3, 3)), mask=jnp.ones(3))
+    with pytest.raises(TypeError, match="dtype=int32: y is of floating-point"):
+        batch_norm(jnp.ones((4, 3)), dtype=int)
