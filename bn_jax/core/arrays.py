@@ -81,8 +81,8 @@ def is_stored_wide(dtype: jnp.dtype) -> bool:
     """Whether XLA is to be kept from float32 copies: of bfloat16, on CPU.
 
     What several sums take of one name in float32 it stores there, and reads back for each of
-    them: half the time of a layer, and two thirds of its memory. (Of float16 it does so
-    whatever the names.)
+    them: half the time of a layer, and two thirds of its memory. (Of float16, and of what
+    is masked, it does so whatever the names.)
     """
     return dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
 
