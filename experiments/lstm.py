@@ -188,8 +188,15 @@ def _faster(config, summary):
                 "quantity": "steps of none over those of recurrent_.1",
                 "here": in_line(ratio, number, config.seeds),
                 "source": "above 1 (pixels)",
-                "agrees": (steps["ratio"] or 0) > 1,
+                "agrees": _above_1(**steps),
             }
+
+
+def _above_1(ratio, ci95):
+    """None where the ratio is, but its interval is not: that may be chance."""
+    if ratio is None or ratio <= 1:
+        return False
+    return True if ci95[0] is not None and ci95[0] > 1 else None
 
 
 def _vanishing(config, norms):
