@@ -124,8 +124,8 @@ def _local_moments(x: jax.Array, reduced: tuple[int, ...], w: jax.Array | None) 
     if w is not None:
         # Here and not only in the sums: the derivative of a weight of 0 times NaN is NaN.
         x = jnp.where(w > 0, x, 0)
-
-    x = x if is_stored_wide(x.dtype) else x.astype(dtype)
+    if not is_stored_wide(x.dtype):
+        x = x.astype(dtype)
 
     def about_sample(x):
         first, second = _twice(x, dtype)
