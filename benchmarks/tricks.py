@@ -44,6 +44,7 @@ from benchmarks.where import describe_machine
 from bn_jax import batch_norm, moments, normalize
 from bn_jax.data.batches import permutation
 from bn_jax.measure import engines
+from bn_jax.models import dense
 from bn_jax.models.pooling import max_pool
 from bn_jax.report.markdown import table
 from bn_jax.report.text import padded
@@ -166,6 +167,9 @@ def of_sweeps(config: Config) -> Iterator[Trick]:
     with mock.patch.object(engines, "without_library", dict):
         library = trained(config.runs)
     yield Trick("sweeps without the YNN library", "with it", trained(config.runs), library)
+    with mock.patch.object(dense, "FEW", 0):
+        products = trained(config.runs)
+    yield Trick("few inputs row by row", "lax.dot_general", trained(config.runs), products)
     alone = trained(1)
     yield Trick(
         f"{config.runs} runs in one program", "one after another",

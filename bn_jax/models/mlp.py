@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 
+from bn_jax.models.dense import product
 from bn_jax.models.norms import Norm, hidden_layer, normalized
 
 
@@ -45,7 +46,7 @@ class MLP(nn.Module):
         if "input" in self.places:
             x = normalized(self.norm, x, train, mask)
         for width in self.features:
-            dense = functools.partial(nn.Dense, width)
+            dense = functools.partial(nn.Dense, width, dot_general=product)
             x = hidden_layer(self.norm, self.places, dense, self.activation, x, train, mask)
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.num_outputs)(x)
