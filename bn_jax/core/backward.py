@@ -87,10 +87,11 @@ def tangent(
     u = -gain * (r / s * dstd + 0.5 * r * d.epsilon)
     u = u if scale is None else u + d.scale
     v = -gain * dmean if bias is None else d.bias - gain * dmean
-    h = (again - lax.optimization_barrier(mean)) * (r * u)
+    hu = (again - lax.optimization_barrier(mean)) * (r * u)
     if not is_stored_wide(dtype):
-        return gain * dx + h + v
-    return rounded_sum(gain * dx, h, v + jnp.zeros_like(h), dtype=dtype)
+        return gain * dx + hu + v
+    # Widened by an addition, which keeps x's sharding; a broadcast would not.
+    return rounded_sum(gain * dx, hu, v + jnp.zeros_like(hu), dtype=dtype)
 
 
 def unit(var: jax.Array) -> jax.Array:

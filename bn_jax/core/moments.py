@@ -125,7 +125,7 @@ def _local_moments(x: jax.Array, reduced: tuple[int, ...], w: jax.Array | None) 
         # Here and not only in the sums: the derivative of a weight of 0 times NaN is NaN.
         x = jnp.where(w > 0, x, 0)
     if not is_stored_wide(x.dtype):
-        x = x.astype(dtype)
+        x = x.astype(dtype)  # once; else each sum has its own
 
     def about_sample(x):
         first, second = _twice(x, dtype)

@@ -1,5 +1,4 @@
-"""A sum that is rounded once, and of which the transposed map reads the cotangent anew for
-each term."""
+"""A sum rounded once, of which the transposed map converts the cotangent for each term."""
 
 from __future__ import annotations
 
