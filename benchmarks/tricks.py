@@ -43,15 +43,14 @@ from benchmarks.timing import interleave, keep_memory, median_ratio
 from benchmarks.where import describe_machine
 from bn_jax import batch_norm, moments, normalize
 from bn_jax.data.batches import permutation
-from bn_jax.measure import engines
+from bn_jax.measure import Budget, Point, engines
 from bn_jax.models import dense
 from bn_jax.models.pooling import max_pool
 from bn_jax.report.markdown import table
 from bn_jax.report.text import padded
-from experiments import flags
+from experiments import arms, circles, flags
 from experiments.flags import flag
 
-MLP = Task("mlp", (50,), (1, 2, 1), 480, 32, augment=False)  # as circles' network
 CNN = Task("cifar_a", (8, 16, 64, 32), (16, 16, 3), 128, 32, augment=False)
 
 
@@ -61,6 +60,7 @@ class Config:
 
     shape: tuple[int, ...] = flag((256, 32, 32, 32), "of a layer's array, features last")
     runs: int = flag(100, "in a sweep of circles' network")
+    epochs: int = flag(5, "of such a sweep that are timed")
     batch: int = flag(256, "of the step of network A")
     features: tuple[int, ...] = flag((32, 64, 128, 512, 128), "of network A")
     rounds: int = flag(9, "how often each is timed")
@@ -150,11 +150,17 @@ def pooling(config: Config) -> Trick:
 
 
 def of_sweeps(config: Config) -> Iterator[Trick]:
-    """Many runs of a small network."""
+    """Many runs of circles' network."""
+    settings = circles.Config(steps=config.epochs * circles.STEPS_PER_EPOCH)
+    dataset = arms.load_data(settings)
+    run = arms.build_run(settings, circles.arms()["bn"], dataset)
+    budget = Budget(settings.steps, settings.eval_every)
+    point = Point(settings.learning_rates[0], 1.0, settings.momentums[0])
     keys = jax.random.split(jax.random.key(0), config.runs)
 
     def shuffle(f):
-        return functools.partial(jax.jit(jax.vmap(lambda key: f(key, MLP.images))), keys)
+        examples = dataset.train.labels.size
+        return functools.partial(jax.jit(jax.vmap(lambda key: f(key, examples))), keys)
 
     yield Trick(
         "shuffling by single 64-bit numbers", "jax.random.permutation",
@@ -162,8 +168,11 @@ def of_sweeps(config: Config) -> Iterator[Trick]:
     )  # fmt: skip
 
     def trained(runs):
-        return ours.trainer(MLP, runs)[1]
+        return ours.epochs(run, dataset, point, budget, runs, engines.Together)[1]
 
+    with mock.patch.object(engines, "Ahead", lambda order, *_: order):
+        between = trained(config.runs)
+    yield Trick("shuffling beside the steps", "between them", trained(config.runs), between)
     with mock.patch.object(engines, "without_library", dict):
         library = trained(config.runs)
     yield Trick("sweeps without the YNN library", "with it", trained(config.runs), library)

@@ -47,16 +47,25 @@ def trainer(
     task: Task, runs: int = 1, make: type | None = None
 ) -> tuple[Any, Callable[[], None]]:
     """An engine, by default that of a sweep, and a call that trains an epoch of its runs."""
-    run, dataset, layout = training(task), data(task), Single()
-    (chunk,) = chunks([Point(task.learning_rate, 1.0, 0.9)], range(runs), runs)
+    point = Point(task.learning_rate, 1.0, 0.9)
+    return epochs(training(task), data(task), point, Budget(task.steps, task.steps), runs, make)
+
+
+def epochs(
+    run: Run, dataset: Dataset, point: Point, budget: Budget, runs: int, make: type | None
+) -> tuple[Any, Callable[[], None]]:
+    """An engine, and a call that trains its runs for the steps of the budget."""
+    layout = Single()
+    (chunk,) = chunks([point], range(runs), runs)
     make = make or engine_class(traced(run, dataset), layout)
-    engine = make(run, dataset, Budget(task.steps, task.steps), layout, chunk)
+    engine = make(run, dataset, budget, layout, chunk)
     state = [engine.init(chunk)]
 
-    def epoch():
-        state[0] = jax.block_until_ready(engine.advance(state[0], chunk, 0))
+    def train():
+        for first_step in range(0, budget.steps, budget.eval_every):
+            state[0] = jax.block_until_ready(engine.advance(state[0], chunk, first_step))
 
-    return engine, epoch
+    return engine, train
 
 
 def training(task: Task) -> Run:

@@ -125,8 +125,9 @@ def sweep(
 
         history, seconds = _train(engine, chunk, budget, show, start)
         seconds["compilation"] = compilation
+        whole = {name: np.stack([h[name] for h in history]) for name in history[0]}
         yield [
-            _record(point, seed, [_pick(h, *place) for h in history], budget, seconds)
+            _record(point, seed, {k: v[:, *place] for k, v in whole.items()}, budget, seconds)
             for place, point, seed in chunk.wanted
         ]
 
@@ -192,29 +193,28 @@ def _ended(done, history, budget):
 
 def _record(point, seed, history, budget, seconds):
     steps = list(range(0, budget.steps + 1, budget.eval_every))
-    finite = [
-        h["diverged_at"] < 0 and np.isfinite([h[m] for m in METRICS]).all() for h in history
-    ]
-    end = finite.index(False) if False in finite else len(history)
-    stop = budget.stop([h["validation_accuracy"] for h in history[:end]])
-    rest, diverged_at = None, None
+    finite = np.isfinite([history[m] for m in METRICS]).all(0) & (history["diverged_at"] < 0)
+    end = len(finite) if finite.all() else int(finite.argmin())
+    stop = budget.stop(history["validation_accuracy"][:end])
+    diverged_at = None
     if stop is not None:
-        end, rest = stop[0] + 1, history[stop[1]]
-    elif end < len(history):
-        at = int(history[end]["diverged_at"])
+        end = stop[0] + 1
+    elif end < len(finite):
+        at = int(history["diverged_at"][end])
         # Finite losses, and then an evaluation that is not.
         diverged_at = at if at >= 0 else steps[end]
 
-    def series(name, rest=None):
-        values = [h[name] for h in history[:end]] + [rest and rest[name]] * (len(steps) - end)
-        return [None if v is None else round(float(v), 6) for v in values]
+    def series(name, restored=None):
+        values = np.round(history[name].astype(np.float64), 6).tolist()
+        rest = None if restored is None else values[restored[1]]
+        return values[:end] + [rest] * (len(steps) - end)
 
     return {
         **point._asdict(),
         "seed": seed,
         "steps": steps,
         **{m: [None, *series(m)[1:]] for m in TRAINING},
-        **{m: series(m, rest) for m in METRICS},
+        **{m: series(m, stop) for m in METRICS},
         "diverged_at": diverged_at,
         "stopped_at": None if stop is None else steps[stop[0]],
         "restored": None if stop is None else steps[stop[1]],
@@ -229,6 +229,3 @@ def _timed(f, *args):
     jax.block_until_ready(result if not isinstance(result, Together | InTurn) else None)
     return result, time.perf_counter() - start
 
-
-def _pick(report, i, j):
-    return {k: v[i, j] for k, v in report.items()}

@@ -44,7 +44,7 @@ def save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     png = io.BytesIO()
     # Without the version of matplotlib, so that equal figures are equal files.
-    figure.savefig(png, dpi=DPI, metadata={"Software": None}, pil_kwargs={"optimize": True})
+    figure.savefig(png, dpi=DPI, metadata={"Software": None})
     write_atomically(path, png.getvalue())
     return path
 

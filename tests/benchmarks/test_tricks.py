@@ -5,11 +5,11 @@ from benchmarks import tricks
 
 @pytest.mark.long
 def test_gains(monkeypatch, capsys):
-    monkeypatch.setattr(tricks, "MLP", tricks.MLP._replace(images=64))
     monkeypatch.setattr(tricks, "CNN", tricks.CNN._replace(images=8, batch=4))
-    config = tricks.Config(shape=(4, 4, 4, 2), runs=2, batch=4, features=(2, 3, 2), rounds=1)
+    sizes = {"shape": (4, 4, 4, 2), "runs": 2, "epochs": 2, "batch": 4, "features": (2, 3, 2)}
+    config = tricks.Config(**sizes, rounds=1)
     gains = tricks.run(config)
-    assert len(gains) == 11
+    assert len(gains) == 12
     assert all(gain > 0 for gain in gains.values())
     rows = [r for r in capsys.readouterr().out.splitlines() if r.startswith("| ")]
     assert len(rows) == 2 + len(gains)
