@@ -228,4 +228,3 @@ def _timed(f, *args):
     result = f(*args)
     jax.block_until_ready(result if not isinstance(result, Together | InTurn) else None)
     return result, time.perf_counter() - start
-
