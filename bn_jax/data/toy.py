@@ -1,4 +1,4 @@
-"""Datasets that ship with scikit-learn: nothing to download."""
+"""Datasets that need no download: scikit-learn's."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ from bn_jax.data.arrays import Arrays
 
 
 def circles() -> Arrays:
-    """Two noisy concentric circles: 500 points to train, 500 to test, 2 classes."""
-    from sklearn.datasets import make_circles
+    """Two noisy concentric circles: 500 points to train, 500 to test, 2 classes.
 
-    points, labels = make_circles(1000, noise=0.1, random_state=1)
-    points = points.astype(np.float32)
+    `sklearn.datasets.make_circles(1000, noise=0.1, random_state=1)` to the bit, without the
+    0.8 s that importing it takes of a comparison of 18.
+    """
+    rng = np.random.RandomState(1)
+    angles = np.linspace(0, 2 * np.pi, 500, endpoint=False)
+    circle = np.stack([np.cos(angles), np.sin(angles)], 1)
+    order = rng.permutation(1000)
+    points = np.concatenate([circle, 0.8 * circle])[order] + rng.normal(0, 0.1, (1000, 2))
+    points, labels = points.astype(np.float32), np.repeat([0, 1], 500)[order]
     return Arrays.create(points[:500], labels[:500], points[500:], labels[500:], 2)
 
 
