@@ -1,8 +1,8 @@
 """How airbench94 trains its network (Jordan 2024, arXiv:2404.00498), as a `Run`.
 
-SGD with Nesterov momentum whose rate rises and falls linearly; weight decay relative to the
-rate; biases of norms at a rate of their own; the whitening layer's bias frozen after three
-epochs; Lookahead over weights and running statistics; each image mirrored in every other
+SGD with Nesterov momentum whose rate rises and falls linearly; weight decay that is the same
+at any rate; biases of norms at a rate of their own; the whitening layer's bias frozen after
+three epochs; Lookahead over weights and running statistics; each image mirrored in every other
 epoch, and moved by up to two pixels.
 """
 
@@ -86,8 +86,8 @@ def optimizer(
     """Nesterov's momentum .85 for the gradient of a batch's mean loss.
 
     The rate of a step is `rate` batch_size / 1024 / (1 + 1 / (1 - .85)), times `triangle`:
-    relative to the sum of the losses a gradient that stays the same moves the weights by
-    `rate` / 1024 for each example, whatever the momentum.
+    a gradient of the sum of the losses that stays the same moves the weights by .87 (1 / (2 -
+    .85)) of `rate` / 1024 for each example.
 
     Args:
       rate: for 1,024 examples; may be traced.

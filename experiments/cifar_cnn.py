@@ -78,7 +78,7 @@ class Config(compare.Config):
         None, "epochs without a better validation accuracy to stop after; by default 5 for a"
     )
     augment: tuple[str, ...] | None = flag(None, "by default none for a, shift,flip for b")
-    scaling: str = flag("unit", "of the input: standard, unit (pixels / 255) or raw")
+    scaling: str = flag("unit", "as in experiments.compare")
     validation_fraction: float = flag(0.1, "as in experiments.compare")
     seeds: int = flag(1, "how many seeds at each point of the grid")
     summary: bool = flag(True, "print the layers of every arm's network first")

@@ -43,7 +43,7 @@ class Config(compare.Config):
         "networks to compare, of these; bn has it after the activation, as have the variations",
     )
     places: tuple[str, ...] = flag(("after",), "where the norm goes in arms that do not say")
-    optimizer: str = flag("sgd_momentum", "sgd, sgd_momentum or adam")
+    optimizer: str = flag("sgd_momentum", "as in experiments.compare")
     learning_rates: tuple[float, ...] = flag((0.01,), "learning rates to try")
     momentums: tuple[float, ...] = flag((0.99,), "momenta of the running statistics to try")
     seeds: int = flag(100, "how many seeds at each point of the grid")
@@ -52,7 +52,7 @@ class Config(compare.Config):
     eval_every: int = flag(STEPS_PER_EPOCH, "training steps between evaluations")
     target: float | None = flag(0.8, "test accuracy to reach")
     validation_fraction: float = flag(0.0, "as in experiments.compare")
-    scaling: str = flag("raw", "of the input: standard, unit or raw")
+    scaling: str = flag("raw", "as in experiments.compare")
 
 
 def run(config: Config) -> dict[str, Any]:

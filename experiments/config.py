@@ -93,7 +93,9 @@ class Config(Quick):
     )
     warmup_steps: int = flag(0, "steps in which the learning rate rises from 0, linearly")
     decay_steps: int | None = flag(
-        None, "steps in which step and exponential decay once; by default a third of all"
+        None,
+        "steps in which step, exponential and inverse decay once; by default a third of "
+        "those after the warm-up",
     )
     decay_rate: float = flag(0.1, "what one decay multiplies the learning rate by")
     l2: float = flag(0.0, "l2 / 2 times the sum of squared kernels is added to the loss")
@@ -131,7 +133,7 @@ class Config(Quick):
         "auto",
         "how several devices share the work: grid (runs of their own), pmap, jit or shard_map "
         "(a part of every batch), single (only one works); auto: grid where there is a run "
-        "for every device, else pmap",
+        "for every device, else pmap, or in several processes shard_map",
     )
     coordinator: str | None = flag(
         None, "host:port of process 0, where several processes are one run: see docs/scaling.md"

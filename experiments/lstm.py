@@ -45,7 +45,7 @@ class Config(compare.Config):
 
     dataset: str = flag("mnist", "as in experiments.compare, of images")
     validation_fraction: float = flag(1 / 6, "as in experiments.compare")
-    scaling: str = flag("unit", "of the input: standard, unit, raw or binary")
+    scaling: str = flag("unit", "as in experiments.compare")
     model: str = flag("lstm", "as in experiments.compare")
     read: str = flag("rows", "what a step of the LSTM sees of an image: rows or pixels")
     permuted: bool = flag(False, "the pixels in an order that is drawn once")

@@ -40,7 +40,7 @@ class Config(flags.Quick):
     model: str = flag("cnn", "cnn or mlp")
     features: tuple[int, ...] | None = flag(None, "as in experiments.compare")
     activation: str = flag("relu", "relu, sigmoid, tanh, elu or gelu")
-    optimizer: str = flag("sgd", "sgd, sgd_momentum or adam")
+    optimizer: str = flag("sgd", "as in experiments.compare")
     learning_rate: float = flag(0.1, "learning rate")
     momentum: float = flag(0.99, "of the running statistics: the weight of the old value")
     steps: int = flag(1000, "training steps")
@@ -55,7 +55,7 @@ class Config(flags.Quick):
     )
     quick: bool = flag(False, "digits, two seeds, 100 steps: a look in half a minute")
     parallel: str = flag(
-        "auto", "how several devices train a network: single, pmap, jit or shard_map"
+        "auto", "how several devices train a network: single, pmap, jit, shard_map or auto"
     )
     data_dir: str | None = flag(None, "as in experiments.compare")
     cache_dir: str | None = flag(None, "as in experiments.compare")

@@ -39,7 +39,7 @@ def ghost_batch_norm(
     Args:
       x, scale, bias, axis, mask, allow_single: as in `batch_norm`.
       group_size: examples in a group, at most; where it does not divide the batch the last
-        group is smaller.
+        group, or with `strided` the last groups, are smaller.
       strided: of G groups example i is in group i mod G, in place of runs of neighbours.
       axis_name: mapped axis over which the batch is laid out, device after device. A group
         is of the whole batch: part of a device's examples, or those of several devices.

@@ -49,7 +49,7 @@ def batch_indices(
 def permutation(key: jax.Array, n: int) -> jax.Array:
     """`jax.random.permutation(key, n)`, int32 `[n]`.
 
-    On CPU 4 to 5 times as fast: XLA's sort of one array there is much quicker than that of
+    On CPU 3 to 4 times as fast: XLA's sort of one array there is much quicker than that of
     keys with values, so each key has its place in its lower half.
     """
     if jax.default_backend() != "cpu":

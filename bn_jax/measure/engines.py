@@ -3,10 +3,10 @@
 `Together`: all runs of a device in one vmapped program that scans over the steps. For dense
 networks.
 `InTurn`: one run on a device, step by step through one compiled step. For networks with
-convolutions on CPU, where XLA runs a convolution within a loop some 25 times slower, and a
+convolutions on CPU, where XLA runs a convolution within a loop several times slower, and a
 vmapped one as a slow grouped convolution; and where all devices train one network.
 
-`engine` chooses. Both compile when they are made. `init(chunk)` gives a state,
+`engine_class` chooses. Both compile when they are made. `init(chunk)` gives a state,
 `advance(state, chunk, first_step)` the state `eval_every` steps later, `evaluate(state,
 chunk)` a dict of `[points, seeds]` arrays, `pick(state, i, j)` the state of one run. States
 are donated: use each once.

@@ -45,8 +45,8 @@ class Finished(NamedTuple):
 INTRODUCTION = """\
 # Results
 
-Every experiment of `experiments/` as it was run here, with the numbers of its source beside
-ours. Medians over seeds with their 95 % intervals (percentile bootstrap); a run that does not
+What experiments of `experiments/` found here, with the numbers of their sources beside ours.
+Medians over seeds with their 95 % intervals (percentile bootstrap); a run that does not
 reach a target counts as never; a run that diverged is counted. How each number is defined:
 [method.md](method.md). Seconds are of a machine that may have done other things besides:
 compare them within one experiment. This page is written by `python -m

@@ -1,7 +1,7 @@
 """Operations on whole models with BatchNorm layers, Linen's and NNX's, ours and Flax's.
 
 A model is a `flax.linen.Module` with its variables, or an `nnx.GraphDef` with its `nnx.State`;
-every operation is a function from variables to variables.
+an operation is a function of it that changes nothing in place.
 """
 
 from bn_jax.surgery import convert

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 # Convolutions on CPU through XLA's own code instead of the YNN library: a training step of
-# a CIFAR-10 network takes 0.6 of the time. A flag that a jaxlib does not know aborts the
+# a CIFAR-10 network takes half of the time. A flag that a jaxlib does not know aborts the
 # process, hence the range: it is known to be there from 0.10.2 to 0.12.
 CONVOLUTION_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 CONVOLUTION_VALUE = "-individual_convolution"

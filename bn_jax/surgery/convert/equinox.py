@@ -90,6 +90,7 @@ def layer_to_equinox(layer: Any, variables: Any) -> tuple[dict[str, Any], dict[s
       layer, variables: as in `layer_to_torch`.
 
     Raises:
+      TypeError: no BatchNorm of bn_jax.
       ValueError: something that Equinox's layer does not have, with what to do.
     """
     fields, arrays = batch_norm.carried(layer, variables, "equinox", affine=True)

@@ -57,6 +57,7 @@ def layer_to_flax(layer: Any, variables: Any) -> tuple[dict[str, Any], dict[str,
       layer, variables: as in `layer_to_torch`.
 
     Raises:
+      TypeError: no BatchNorm of bn_jax.
       ValueError: something that Flax's layer does not have, with what to do.
     """
     fields, arrays = batch_norm.carried(layer, variables, "flax", has=KEPT)

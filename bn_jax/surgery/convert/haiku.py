@@ -89,6 +89,7 @@ def layer_to_haiku(
       ndim: rank of the layer's inputs, which Haiku's arrays have too.
 
     Raises:
+      TypeError: no BatchNorm of bn_jax.
       ValueError: something that Haiku's layer does not have, with what to do.
     """
     fields, arrays = batch_norm.carried(

@@ -68,6 +68,7 @@ def layer_to_keras(layer: Any, variables: Any) -> tuple[dict[str, Any], list[Any
       layer, variables: as in `layer_to_torch`.
 
     Raises:
+      TypeError: no BatchNorm of bn_jax.
       ValueError: something that Keras's layer does not have, with what to do.
     """
     fields, arrays = batch_norm.carried(layer, variables, "keras")

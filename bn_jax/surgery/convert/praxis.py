@@ -39,6 +39,7 @@ def layer_to_praxis(layer: Any, variables: Any) -> tuple[dict[str, Any], dict[st
       layer, variables: as in `layer_to_torch`.
 
     Raises:
+      TypeError: no BatchNorm of bn_jax.
       ValueError: something that praxis's layer does not have, with what to do.
     """
     fields, arrays = batch_norm.carried(layer, variables, "praxis")

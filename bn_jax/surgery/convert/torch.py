@@ -121,6 +121,7 @@ def layer_to_torch(layer: Any, variables: Any) -> tuple[dict[str, Any], dict[str
         the State of a `bn_jax.nnx.BatchNorm`.
 
     Raises:
+      TypeError: no BatchNorm of bn_jax.
       ValueError: something that torch's layer does not have, with what to do.
     """
     fields, arrays = batch_norm.carried(

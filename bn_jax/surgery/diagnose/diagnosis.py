@@ -58,7 +58,7 @@ def diagnose(
 
     Those of one kind are in the order of their figures, equals and `nonfinite` in that of the
     first calls. Layers that use running statistics in training too are never stale. The model
-    is compiled twice, and log2(layers) + 2 times more where there is a gap.
+    is compiled for each batch, twice more, and log2(layers) + 1 times where there is a gap.
 
     Args:
       model, variables: see `bn_jax.surgery`.
