@@ -74,7 +74,7 @@ SPANNING = MLP, (16, 8), 64, functools.partial(GhostBatchNorm, group_size=16)
     ("mode", "network"),
     [
         *itertools.product(MODES, WHOLE),
-        ("pmap", WITHIN),
+        pytest.param("pmap", WITHIN, marks=pytest.mark.long),
         ("pmap", SPANNING),
         ("shard_map", SPANNING),
     ],
@@ -89,7 +89,10 @@ def test_eight_devices_train_as_one_does(mode, network):
 
 @pytest.mark.parametrize(
     ("family", "features", "points", "seeds"),
-    [(MLP, (16, 8), POINTS, (0, 1, 2)), (CNN, (4, 8), POINTS[:2], (3, 4))],
+    [
+        pytest.param(MLP, (16, 8), POINTS, (0, 1, 2), marks=pytest.mark.long),
+        (CNN, (4, 8), POINTS[:2], (3, 4)),
+    ],
 )
 def test_a_grid_over_eight_devices_has_the_records_of_one(family, features, points, seeds):
     """Nine runs on eight devices; and four, of which a convolutional one is trained in turn."""
