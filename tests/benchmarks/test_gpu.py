@@ -119,6 +119,7 @@ def test_share_of_the_norms():
     assert [row["images_per_second"] for row in rows] == [16, 20, None]
 
 
+@pytest.mark.long
 def test_networks_differ_in_the_norm_alone(whole):
     """From one start, our layer and Flax's come to one loss, weights and statistics."""
     (ours, loss), (without, _), (flax, other) = whole[2][-3:]
@@ -133,6 +134,7 @@ def close(actual, desired):
     np.testing.assert_allclose(actual, desired, rtol=0.02, atol=1e-3)  # bfloat16
 
 
+@pytest.mark.long
 def test_epochs_are_the_same_training(whole):
     """As one program and as a call for each step: the same batches and noise."""
     step, *epochs = whole[2][-6:-3]

@@ -185,6 +185,7 @@ def test_the_command_again_gives_the_same_records_and_overwriting_removes_the_ol
     assert without_seconds(tmp_path) == without_seconds(folder)
 
 
+@pytest.mark.long
 def test_it_runs_in_a_notebook_on_four_arms_and_two_classes(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
     config = compare.Config(

@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 import optax
+import pytest
 
 from bn_jax.data import batch_indices, load
 from bn_jax.linen import BatchNorm
@@ -22,6 +23,7 @@ def accuracy(run, point, variables, dataset):
     return np.mean(correct(outputs, dataset.test.labels))
 
 
+@pytest.mark.long
 def test_states_on_the_way_are_those_of_the_record():
     dataset = load("circles")
 

@@ -232,6 +232,7 @@ def test_the_network_is_that_of_torch():
     np.testing.assert_allclose(out, expected, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.long
 def test_bfloat16_keeps_parameters_and_statistics_in_float32():
     model = Inception(
         4, norm=BatchNorm, places=("before", "after"), width=1 / 32, blocks=("3a", "5b"),
