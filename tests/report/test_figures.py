@@ -14,7 +14,15 @@ from bn_jax.report import (
     save_all,
     steps_against_rate,
 )
-from bn_jax.report.plotting import SPARE, STYLES, accuracy_scale, arm_styles
+from bn_jax.report.figures import DPI
+from bn_jax.report.plotting import (
+    SPARE,
+    STYLES,
+    accuracy_scale,
+    add_legend,
+    arm_styles,
+    new_figure,
+)
 from bn_jax.report.points import all_rates
 
 FOUR = ("none", "bn", "layer", "group")
@@ -120,6 +128,22 @@ def test_arms_look_alike_in_all_figures_and_different_from_each_other(make):
     assert (styles["other"], styles["ghost"]) == SPARE[:2]
     for look in zip(*STYLES.values(), *SPARE, strict=True):
         assert len(set(look)) == len(look)
+
+
+@pytest.mark.parametrize("length", [4, 12, 13, 35, 50, 80])
+def test_the_legend_fits_into_the_figure(length):
+    figure = new_figure()
+    ax = figure.subplots()
+    for _ in range(6):
+        words = "bn_momentum_0, rate 0.01, momentum 0.99 (100 runs), initial scale 0.5, seed 11"
+        ax.plot([0, 1], label=words[:length])
+    add_legend(figure, ax)
+    figure.set_dpi(DPI)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
 
 
 def test_accuracy_scale_is_invertible_and_linear_where_nothing_is_near_100():
