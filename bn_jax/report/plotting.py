@@ -141,11 +141,11 @@ def accuracy_scale(summary: dict) -> tuple[Function, Function, list[int]]:
 
 def add_legend(figure: Figure, ax: Axes) -> None:
     """The labels of `ax` above the panels, where they hide nothing."""
+    from matplotlib.textpath import TextPath
+
     handles, labels = ax.get_legend_handles_labels()
     if not labels:
         return
-    from matplotlib.textpath import TextPath
-
     columns = 4 if max(map(len, labels)) <= 12 else 2
     longest = max(TextPath((0, 0), label, size=SMALL).get_extents().width for label in labels)
     # In points, with the lines before the labels, 4.2 letters, and 2 between the columns. What
