@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import os
-import re
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from bn_jax.errors import UserError
 from bn_jax.report import write_atomically
+from bn_jax.report.markdown import sections
 from experiments import flags
 from experiments.flags import flag
 
@@ -62,24 +62,17 @@ def run(config: Config) -> None:
     """Runs the programs and writes the page after each: what is finished is not lost."""
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    sections = read(out)
+    found = sections(out.read_text() if out.exists() else "")
     for name in config.only or [n for n in PROGRAMS if n not in ON_GPU]:
         start = time.perf_counter()
-        sections[name] = section(name, printed(name))
-        write_atomically(out, page(sections))
+        found[name] = section(name, printed(name))
+        write_atomically(out, page(found))
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def read(page: Path) -> dict[str, str]:
-    """The sections of the page as it is, by program."""
-    text = page.read_text() if page.exists() else ""
-    parts = re.split(r"^## (.*)\n", text, flags=re.MULTILINE)[1:]
-    return dict(zip(parts[::2], parts[1::2], strict=True))
-
-
-def page(sections: dict[str, str]) -> str:
-    """The whole page, in the order of `PROGRAMS`."""
-    chosen = [f"## {name}\n{sections[name]}" for name in PROGRAMS if name in sections]
+def page(found: dict[str, str]) -> str:
+    """The whole page of these sections, in the order of `PROGRAMS`."""
+    chosen = [f"## {name}\n{found[name]}" for name in PROGRAMS if name in found]
     return "\n".join([INTRODUCTION, *(part.rstrip() + "\n" for part in chosen)])
 
 

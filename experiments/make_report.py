@@ -1,7 +1,8 @@
 """Writes docs/results.md: what the experiments found, beside what their sources published.
 
 Takes the newest finished run of every experiment, on each dataset and model, below `--runs`;
-or those of `--workdirs`.
+or those of `--workdirs`. What the page has of others stays: what ran on a GPU can stand beside
+what ran on a processor.
 """
 
 from __future__ import annotations
@@ -41,12 +42,13 @@ def run(config: Config) -> None:
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     link = "figures/results"
-    write_atomically(out, page(finished, out.parent / link, link))
+    before = out.read_text() if out.exists() else ""
+    write_atomically(out, page(finished, out.parent / link, link, ORDER, before))
     print(out)
 
 
 def newest(runs: Path) -> list[Path]:
-    """The newest finished run of every experiment and subject, in the order of the page."""
+    """The newest finished run of every experiment and subject."""
     from bn_jax.report.text import subject
 
     found: dict[tuple[str, ...], Path] = {}

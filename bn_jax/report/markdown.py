@@ -1,6 +1,8 @@
-"""A table in Markdown, as GitHub and most others read it."""
+"""Tables and sections in Markdown, as GitHub and most others read it."""
 
 from __future__ import annotations
+
+import re
 
 from bn_jax.report.text import Wrong
 
@@ -12,6 +14,12 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     """
     ruler = [":--"] + ["--:"] * (len(header) - 1)
     return "".join(f"| {' | '.join(map(_cell, row))} |\n" for row in (header, ruler, *rows))
+
+
+def sections(page: str) -> dict[str, str]:
+    """What stands below each heading of the second level, by the heading."""
+    parts = re.split(r"^## (.*)\n", page, flags=re.MULTILINE)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
 def _cell(text: str) -> str:

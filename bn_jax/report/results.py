@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bn_jax.report.files import write_atomically
-from bn_jax.report.markdown import table
+from bn_jax.report.markdown import sections, table
 from bn_jax.report.sentences import speedup_lines
 from bn_jax.report.tables import headline, published_rows, summary_rows
 from bn_jax.report.text import plural, subject
@@ -37,9 +37,14 @@ class Finished(NamedTuple):
         return self.summary["experiment"]
 
     @property
+    def subject(self) -> str:
+        """What was trained on what."""
+        return f"{self.name} ({subject(self.summary)})"
+
+    @property
     def title(self) -> str:
         """Of its section."""
-        return f"{self.name} ({subject(self.summary)}): {self.summary['question']}"
+        return f"{self.subject}: {self.summary['question']}"
 
 
 INTRODUCTION = """\
@@ -54,20 +59,39 @@ experiments.make_report` from the folders that the commands below leave.
 """
 
 
-def page(finished: Sequence[Finished], figures: Path, link: str) -> str:
+def page(
+    finished: Sequence[Finished], figures: Path, link: str,
+    order: Sequence[str] = (), before: str = "",
+) -> str:  # fmt: skip
     """The page; the figures are written, smaller, into a folder.
 
     Args:
-      finished: in the order of the page.
+      finished: of any number of experiments.
       figures: the folder.
       link: to that folder from the page.
+      order: of the experiments on the page, by name.
+      before: the page as it is. What it has of other subjects than `finished` stays.
     """
-    contents = table(
-        ["experiment", "published numbers that agree", "seeds", "machine"],
-        [_contents_row(f) for f in finished],
-    )
-    sections = (section(f, figures, link) for f in finished)
-    return "\n".join([INTRODUCTION, contents, *sections])
+    found = _sections(before) | {
+        f.subject: (_contents_row(f), section(f, figures, link)) for f in finished
+    }
+    places = {name: i for i, name in enumerate(order)}
+    ordered = sorted(found, key=lambda s: places.get(s.partition(" (")[0], len(places)))
+    rows, texts = zip(*(found[subject] for subject in ordered), strict=True)
+    contents = table(["experiment", "published numbers that agree", "seeds", "machine"], rows)
+    return "\n".join([INTRODUCTION, contents, *texts])
+
+
+def _sections(page):
+    """By subject the row of the contents and the section, with its heading."""
+    lines = [line for line in page.splitlines() if line.startswith("| [")]
+    rows = {line[3:].partition("](")[0]: line[2:-2].split(" | ") for line in lines}
+    found = {}
+    for title, text in sections(page).items():
+        subject = title.partition(": ")[0]
+        if subject in rows:
+            found[subject] = rows[subject], f"## {title}\n{text.rstrip()}\n"
+    return found
 
 
 def section(finished: Finished, figures: Path, link: str) -> str:
@@ -99,7 +123,7 @@ def _contents_row(finished):
         row["agrees"] for row in summary.get("published", ()) if row.get("agrees") is not None
     ]
     seeds = finished.config["flags"].get("seeds")
-    title = f"[{finished.name} ({subject(summary)})](#{_anchor(finished)})"
+    title = f"[{finished.subject}](#{_anchor(finished)})"
     agree = f"{sum(said)} of {len(said)}" if said else "none at this size"
     return [title, agree, str(seeds or ""), ", ".join(finished.config.get("devices", ()))]
 

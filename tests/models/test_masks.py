@@ -45,7 +45,7 @@ def test_masked_examples_do_not_count(family):
     everyone = grad(variables["params"], IMAGES, None, real)
 
     def close(a, b):
-        # Sums that cancel are exact to the rounding of their terms, which the largest one shows.
+        # Sums that cancel have the rounding of their terms, which the largest one shows.
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5 * max(1.0, np.abs(b).max()))
 
     jax.tree.map(close, found, expected)

@@ -68,6 +68,15 @@ def test_the_page(finished):
         assert (out.parent / link).stat().st_size < 100_000
 
 
+def test_what_the_page_has_of_others_stays(finished):
+    whole, twice = finished / "whole.md", finished / "twice.md"
+    make_report.run(make_report.Config(runs=str(finished / "runs"), out=str(whole)))
+    runs = [str(finished / "runs" / run) for run in ("lstm/a", "lstm/b", "circles/old")]
+    for some in (runs, [str(finished / "runs/circles/new")]):
+        make_report.run(make_report.Config(workdirs=tuple(some), out=str(twice)))
+    assert twice.read_text() == whole.read_text()
+
+
 def test_captions_lie_beside_the_figures(finished):
     folder = finished / "runs/lstm/a/figures"
     captions = json.loads((folder / "captions.json").read_text())
