@@ -2,25 +2,22 @@
 
 `python -m experiments.circles` is timed whole: 6 arms x 100 seeds x 100 epochs, imports,
 compilation, figures and the page included; first with no compiled programs kept, then with
-those of the start before. Below are runs per second of one arm at a time, with an evaluation
-after every epoch: 100 seeds x 5 learning rates as one vmapped program, beside a jitted Flax
-step in a Python loop and Keras 3 on JAX, which train one run at a time. All three compile
-within what is counted or, `kept`, read the programs that were compiled the time before.
+those of the start before. Below are runs per second of one arm at a time, compilation and an
+evaluation after every epoch included: 100 seeds x 5 learning rates as one vmapped program,
+beside a jitted Flax step in a Python loop and Keras 3 on JAX, which train one run at a time.
 
 The network is Dense 50 ReLU, with BatchNorm or without, Dense 1 sigmoid; SGD .01 with momentum
-.9, batches of 32 of 400 examples. Medians of some repetitions.
+.9, batches of 32 of 400 examples. Of a peer the median of some runs counts.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -30,7 +27,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks.start import timed
 from benchmarks.where import describe_machine
@@ -41,7 +37,6 @@ from bn_jax.models import MLP
 from bn_jax.report.markdown import table
 from bn_jax.report.text import padded
 from bn_jax.training.run import Run
-from bn_jax.training.xla import keep_compiled
 from experiments import flags
 from experiments.flags import flag
 
@@ -62,29 +57,13 @@ class Config:
     starts: int = flag(
         3, "times that the whole command is timed, with programs kept and without"
     )
-    repeats: int = flag(3, "repetitions of each side")
+    repeats: int = flag(3, "runs of each peer")
 
 
 def run(config: Config) -> dict[str, float]:
-    """Prints the tables; seconds of the whole command and ratios to the peers come back."""
+    """Prints two tables; seconds of the whole command and ratios to the peers come back."""
     print(describe_machine("flax", "keras") + "\n")
-    seconds = whole(config) if config.whole else {}
-    ratios = beside_peers(config, "none kept")
-    with programs_kept():
-        return seconds | ratios | beside_peers(config, "kept")
-
-
-@contextlib.contextmanager
-def programs_kept() -> Iterator[None]:
-    """As in an experiment, in a folder that is empty at first and goes at the end."""
-    with tempfile.TemporaryDirectory() as folder:
-        keep_compiled(Path(folder))
-        compilation_cache.reset_cache()  # JAX has noted that there is none
-        try:
-            yield
-        finally:
-            jax.config.update("jax_compilation_cache_dir", None)
-            compilation_cache.reset_cache()
+    return (whole(config) if config.whole else {}) | beside_peers(config)
 
 
 def whole(config: Config) -> dict[str, float]:
@@ -110,43 +89,48 @@ def command(config: Config, folder: Path, name: str) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def beside_peers(config: Config, programs: str) -> dict[str, float]:
+def beside_peers(config: Config) -> dict[str, float]:
     """Our runs/s over each peer's, by arm and peer."""
     dataset = load("circles", validation_fraction=VALIDATION, scaling="raw")
     jax.block_until_ready(dataset)
     rows, ratios = [], {}
     for arm in ("none", "bn"):
-        rates = {}
-        for side, train in SIDES.items():
-            if programs == "kept":
-                train(dataset, arm, config, 0)
-            results = []
-            for seed in range(config.repeats):
-                jax.clear_caches()
-                results.append(train(dataset, arm, config, seed))
-            runs, seconds, accuracy = map(statistics.median, zip(*results, strict=True))
-            rates[side] = runs / seconds
-            ratio = rates["bn_jax"] / rates[side]
-            if side != "bn_jax":
-                ratios[f"{arm}, {side}, {programs}"] = ratio
+        runs, seconds, accuracy = ours(dataset, arm, config.seeds, config.epochs)
+        rate = runs / seconds
+        rows.append(
+            [
+                f"{arm}, bn_jax",
+                f"{runs:,}",
+                padded(seconds),
+                padded(rate),
+                "",
+                f"{accuracy:.3f}",
+            ]
+        )
+        for name, peer in (("plain Flax", plain_flax), ("Keras 3", keras_run)):
+            results = [peer(dataset, arm, config.epochs, s) for s in range(config.repeats)]
+            each, accuracy = (statistics.median(v) for v in zip(*results, strict=True))
+            ratios[f"{arm}, {name}"] = ratio = rate * each
             rows.append(
                 [
-                    f"{arm}, {side}",
-                    f"{runs:,}",
-                    padded(seconds),
-                    padded(rates[side]),
+                    f"{arm}, {name}",
+                    "1",
+                    padded(each),
+                    padded(1 / each),
                     f"{ratio:.0f}",
                     f"{accuracy:.3f}",
                 ]
             )
-    header = ["arm, side", "runs", "seconds", "runs/s", "bn_jax over it", "test accuracy"]
-    print(f"Compiled programs: {programs}.\n\n{table(header, rows)}")
-    if programs == "kept":
-        print(f"Aim: {AIM_KERAS} times Keras' runs/s.\n")
+    print(
+        table(
+            ["arm, side", "runs", "seconds", "runs/s", "bn_jax over it", "test accuracy"], rows
+        )
+    )
+    print(f"Aim: {AIM_KERAS} times Keras' runs/s.\n")
     return ratios
 
 
-def ours(dataset, arm: str, config: Config, seed: int) -> tuple[int, float, float]:
+def ours(dataset, arm: str, seeds: int, epochs: int) -> tuple[int, float, float]:
     """Runs, seconds, and the median test accuracy at rate .01."""
     per_epoch = dataset.train.labels.size // BATCH
 
@@ -160,16 +144,15 @@ def ours(dataset, arm: str, config: Config, seed: int) -> tuple[int, float, floa
     optimizer = functools.partial(optax.sgd, momentum=0.9)
     run = Run(model, optimizer, dataset.scaled, batches)
     points = [Point(rate, 1.0, 0.99) for rate in RATES]
-    budget = Budget(steps=config.epochs * per_epoch, eval_every=per_epoch)
-    seeds = range(seed, seed + config.seeds)
+    budget = Budget(steps=epochs * per_epoch, eval_every=per_epoch)
     start = time.perf_counter()
-    records = [r for rs in sweep(run, dataset, points, seeds, budget) for r in rs]
+    records = [r for rs in sweep(run, dataset, points, range(seeds), budget) for r in rs]
     seconds = time.perf_counter() - start
     final = [r["test_accuracy"][-1] for r in records if r["learning_rate"] == 0.01]
     return len(records), seconds, statistics.median(final)
 
 
-def plain_flax(dataset, arm: str, config: Config, seed: int) -> tuple[int, float, float]:
+def plain_flax(dataset, arm: str, epochs: int, seed: int) -> tuple[float, float]:
     """One run as Flax's own examples write it: a jitted step, called from Python."""
 
     class Net(nn.Module):
@@ -206,17 +189,17 @@ def plain_flax(dataset, arm: str, config: Config, seed: int) -> tuple[int, float
         return jnp.mean((out > 0) == (y > 0))
 
     rng = np.random.default_rng(seed)
-    for _ in range(config.epochs):
+    for _ in range(epochs):
         order = rng.permutation(len(x))
         for i in range(0, len(x) - BATCH + 1, BATCH):
             rows = order[i : i + BATCH]
             params, stats, opt_state = step(params, stats, opt_state, x[rows], y[rows])
         for split in (dataset.validation, dataset.test):
             result = float(accuracy(params, stats, *split))
-    return 1, time.perf_counter() - start, result
+    return time.perf_counter() - start, result
 
 
-def keras_run(dataset, arm: str, config: Config, seed: int) -> tuple[int, float, float]:
+def keras_run(dataset, arm: str, epochs: int, seed: int) -> tuple[float, float]:
     """One run of Keras 3 on its JAX backend, as its tutorials write it."""
     import keras
     from keras import layers
@@ -230,15 +213,9 @@ def keras_run(dataset, arm: str, config: Config, seed: int) -> tuple[int, float,
     optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
     net.compile(optimizer, loss="binary_crossentropy", metrics=["accuracy"])
     (x, y), validation, test = splits
-    net.fit(
-        x, y, validation_data=validation, epochs=config.epochs, batch_size=BATCH,
-        verbose=0,
-    )  # fmt: skip
+    net.fit(x, y, validation_data=validation, epochs=epochs, batch_size=BATCH, verbose=0)
     _, result = net.evaluate(*test, verbose=0)
-    return 1, time.perf_counter() - start, result
-
-
-SIDES = {"bn_jax": ours, "plain Flax": plain_flax, "Keras 3": keras_run}
+    return time.perf_counter() - start, result
 
 
 if __name__ == "__main__":
