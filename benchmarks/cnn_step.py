@@ -13,14 +13,10 @@ share of what one large matrix product reaches here.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import statistics
-from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
+from benchmarks.matrices import share
 from benchmarks.payload import describe
 from benchmarks.peers.process import SIDES, check_sides, programs, sides
 from benchmarks.peers.task import Task
@@ -68,7 +64,7 @@ def run(config: Config) -> dict[str, Any]:
         process.close()
     if OURS in found["step"]:
         flop = task.batch * describe("A", CifarA(task.features, norm=BatchNorm), shape).flop
-        print(share(flop, statistics.median(found["step"][OURS]), config.matrix))
+        print(share(flop, {OURS: statistics.median(found["step"][OURS])}, config.matrix))
     return found
 
 
@@ -83,24 +79,6 @@ def beside(name: str, images: int, seconds: dict[str, list[float]]) -> str:
     return table(
         [f"{name} of {images:,} images", "seconds", "images/s", "bn_jax over it"], rows
     )
-
-
-def share(flop: float, seconds: float, size: int) -> str:
-    """Rates of the step and of a matrix product, and the former in terms of the latter."""
-    rate, most = flop / seconds, matrix_rate(size)
-    return (
-        f"A step of bn_jax is {flop / 1e9:.1f} GFLOP: {rate / 1e9:.0f} GFLOP/s, "
-        f"{rate / most:.0%} of the {most / 1e9:.0f} GFLOP/s of a product of "
-        f"{size:,} x {size:,} float32 matrices.\n"
-    )
-
-
-def matrix_rate(size: int, rounds: int = 9) -> float:
-    """FLOP/s of a matrix product."""
-    a = jax.random.normal(jax.random.key(0), (size, size))
-    product: Callable[[], Any] = functools.partial(jax.jit(jnp.dot), a, a)
-    times = interleave({"product": product}, rounds)["product"]
-    return 2 * size**3 / statistics.median(times)
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def verdict(rows: list[dict[str, Any]]) -> list[str]:
-    """bn_jax's shares of Flax's time beside the targets."""
+    """bn_jax's shares of Flax's time beside those of the floor and the targets."""
     ours = [row for row in rows if row["contestant"] == OURS]
     worst = max(ours, key=lambda row: row["to_flax"])
     most = "- at most {to_flax:.2f} ({task}, {shape} {dtype}; target 1)".format(**worst)
@@ -152,7 +152,9 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
     largest = max((row["shape"] for row in ours), key=lambda s: math.prod(sizes(s)))
     for task, target in TARGETS.items():
         shares = [
-            "{to_flax:.2f} in {dtype}".format(**row)
+            "{to_flax:.2f} in {dtype} (the floor {floor:.2f})".format(
+                **row, floor=row["to_flax"] / row["to_floor"]
+            )
             for row in ours
             if (row["shape"], row["task"]) == (largest, task)
         ]

@@ -4,6 +4,10 @@ Three layers of 100 sigmoids with BatchNorm before each, batches of 60 images of
 plain SGD (Ioffe & Szegedy 2015, section 4.1: 50,000 steps). A side trains on all images once in
 every round, shuffled, in a process of its own; ratios are the medians of those within a round.
 `bn_jax x 5` trains five seeds in one program.
+
+Below, the FLOP of a step (XLA's count of its program before optimisation) over its time, as a
+share of what one large matrix product reaches here: what one run leaves is all that others
+beside it can gain.
 """
 
 from __future__ import annotations
@@ -11,11 +15,15 @@ from __future__ import annotations
 import dataclasses
 import statistics
 
+from benchmarks.matrices import share
+from benchmarks.payload import describe
 from benchmarks.peers import ours
 from benchmarks.peers.process import SIDES, Process, check_sides, programs, sides
 from benchmarks.peers.task import Task
 from benchmarks.timing import interleave, median_ratio
 from benchmarks.where import describe_machine
+from bn_jax.linen import BatchNorm
+from bn_jax.models import MLP
 from bn_jax.report.markdown import table
 from bn_jax.report.text import padded
 from experiments import flags
@@ -35,6 +43,7 @@ class Config:
     images: int = flag(60_000, "that are trained on in a round")
     runs: int = flag(5, "that are trained at once")
     rounds: int = flag(7, "how often each is timed")
+    matrix: int = flag(2048, "rows and columns of the matrices")
 
     def __post_init__(self):
         check_sides(self.sides)
@@ -51,13 +60,17 @@ def run(config: Config) -> dict[str, list[float]]:
     seconds = interleave(programs(processes, "epoch"), config.rounds)
     for process in processes.values():
         process.close()
-    rows = []
+    rows, steps = [], {}
     for side, times in seconds.items():
         step = statistics.median(times) / task.steps
         ratio = median_ratio(seconds, side, OURS) if OURS in seconds else float("nan")
+        if side in (OURS, together):
+            steps[side] = step / (config.runs if side == together else 1)
         rows.append([side, padded(1e3 * step), padded(STEPS * step), f"{ratio:.2f}"])
     print(table(["", "ms a step", f"seconds for {STEPS:,}", "over bn_jax"], rows))
     print(f"Aims: {AIM_STEP} ms a step, {together} at most {AIM_TOGETHER} times {OURS}.\n")
+    network = MLP(task.features, 10, norm=BatchNorm, activation="sigmoid")
+    print(share(task.batch * describe("MLP", network, shape).flop, steps, config.matrix))
     return seconds
 
 

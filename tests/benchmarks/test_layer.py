@@ -136,12 +136,14 @@ def test_floor_is_in_passes_at_the_speed_of_the_copy(monkeypatch):
 def test_verdict():
     share = {"4x4": (0.9, 0.7, 0.4), "64x2": (1.2, 0.8, 0.3)}  # the second is larger
     rows = [
-        {"shape": s, "dtype": "float32", "task": t.name, "contestant": "bn_jax", "to_flax": f}
+        {"shape": s, "dtype": "float32", "task": t.name, "contestant": "bn_jax"}
+        | {"to_flax": f, "to_floor": 2.0}
         for s, fractions in share.items()
         for t, f in zip(TASKS, fractions, strict=True)
     ]
     text = "\n".join(layer.verdict(rows))
-    assert re.findall(r"\d\.\d+", text) == ["1.20", "0.80", "0.6", "0.30", "0.4"]
+    numbers = ["1.20", *("0.80", "0.40", "0.6"), *("0.30", "0.15", "0.4")]
+    assert re.findall(r"\d\.\d+", text) == numbers
     assert "forward, 64x2 float32" in text
     assert "4x4" not in text
 

@@ -43,9 +43,12 @@ def test_the_whole_sweep_twice(monkeypatch, capsys):
 @pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="no Keras")
 def test_a_sweep_beside_its_peers(capsys):
     with jax.numpy_rank_promotion("allow"):  # Keras needs it
-        ratios = sweep.run(sweep.Config(seeds=1, epochs=1, whole=False, repeats=1))
+        ratios = sweep.run(sweep.Config(seeds=(1, 2), epochs=1, whole=False, repeats=1))
     assert list(ratios) == [
-        f"{a}, {p}" for a in ("none", "bn") for p in ("plain Flax", "Keras 3")
+        f"{arm}, {runs} runs, {peer}"
+        for arm in ("none", "bn")
+        for runs in (5, 10)
+        for peer in ("plain Flax", "Keras 3")
     ]
     assert all(ratio > 0 for ratio in ratios.values())
     assert "| bn, Keras 3 | 1 |" in capsys.readouterr().out
