@@ -16,6 +16,7 @@ import statistics
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+from bn_jax.report.text import in_line
 from experiments import compare, flags
 from experiments.flags import flag
 
@@ -140,10 +141,10 @@ def _pair(values):
 
 
 def _epochs(numbers, arm):
-    median, low, high = ("?" if v is None else f"{v:.0f}" for v in numbers)
-    if numbers[0] is None:
+    median, *ends = numbers
+    if median is None:
         return f"not reached ({arm['reached']} of {arm['seeds']} runs)"
-    return f"{median} [{low}, {high}]"
+    return in_line({"median": median, "ci95": ends}, "{:.0f}".format, arm["seeds"])
 
 
 def regions(training: compare.Training, weights: dict) -> tuple[str, str, Any]:

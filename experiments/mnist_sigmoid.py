@@ -202,12 +202,12 @@ def above(ratio: dict, bound: float) -> bool:
 
 
 def _ratio(base, own, ratio, form):
-    """ "4,500 / 900 = 5 [4, 6]"; what was not reached, or is infinite, is a "-"."""
+    """ "4,500 / 900 = 5 [4, ∞]"; a median that was not reached is a "-", as is its ratio."""
     from bn_jax.report.text import bracketed, number
 
     texts = ["-" if v is None else form(v) for v in (base, own)]
     value = "-" if ratio["ratio"] is None else number(ratio["ratio"])
-    return f"{' / '.join(texts)} = {value} {bracketed(ratio['ci95'], number, '-')}".rstrip()
+    return f"{' / '.join(texts)} = {value} {bracketed(ratio['ci95'], number, '∞')}".rstrip()
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def estimate(value: dict | None, form: Format, *, open_end: str, missing: str) -
 
 
 def in_line(value: dict, form: Format, seeds: int) -> str:
-    """Median and interval as "310 [290, 350]"; of one run, or without a median, no interval."""
+    """Median and interval as "310 [290, ∞]"; of one run, or without a median, no interval."""
     if seeds == 1 or value["median"] is None:
         value = value | {"ci95": None}
-    return estimate(value, form, open_end="?", missing="not reached").replace("\n", " ")
+    return estimate(value, form, open_end="∞", missing="not reached").replace("\n", " ")
