@@ -49,7 +49,7 @@ class Config:
         ("256x32x32x32", "256x8x8x128", "4096x512"), "of the arrays, features last"
     )
     dtypes: tuple[str, ...] = flag(("float32", "bfloat16"), f"of {', '.join(DTYPES)}")
-    rounds: int = flag(30, "how often everything is timed")
+    rounds: int = flag(100, "how often everything is timed")
     quick: bool = flag(False, f"{QUICK} rounds")
     page_faults: bool = flag(
         False, "leave the allocator as it is, which maps large arrays anew at every call"

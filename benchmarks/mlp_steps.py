@@ -3,7 +3,8 @@
 Three layers of 100 sigmoids with BatchNorm before each, batches of 60 images of 28 x 28 bytes,
 plain SGD (Ioffe & Szegedy 2015, section 4.1: 50,000 steps). A side trains on all images once in
 every round, shuffled, in a process of its own; ratios are the medians of those within a round.
-`bn_jax x 5` trains five seeds in one program.
+`bn_jax x 5` trains five seeds in one program, `on cores` on every core some of them
+(`--parallel=cores`).
 
 Below, the FLOP of a step (XLA's count of its program before optimisation) over its time, as a
 share of what one large matrix product reaches here: what one run leaves is all that others
@@ -55,8 +56,10 @@ def run(config: Config) -> dict[str, list[float]]:
     shape = (28, 28, 1)
     task = Task("mlp", config.features, shape, config.images, config.batch, augment=False)
     together = f"{OURS} x {config.runs}"
+    cores = f"{together} on cores"
     processes = sides(config.sides, task)
     processes[together] = Process(ours.prepare, task, config.runs)
+    processes[cores] = Process(ours.prepare, task, config.runs, True, "cores")
     seconds = interleave(programs(processes, "epoch"), config.rounds)
     for process in processes.values():
         process.close()
@@ -64,8 +67,8 @@ def run(config: Config) -> dict[str, list[float]]:
     for side, times in seconds.items():
         step = statistics.median(times) / task.steps
         ratio = median_ratio(seconds, side, OURS) if OURS in seconds else float("nan")
-        if side in (OURS, together):
-            steps[side] = step / (config.runs if side == together else 1)
+        if side.startswith(OURS):
+            steps[side] = step / (1 if side == OURS else config.runs)
         rows.append([side, padded(1e3 * step), padded(STEPS * step), f"{ratio:.2f}"])
     print(table(["", "ms a step", f"seconds for {STEPS:,}", "over bn_jax"], rows))
     print(f"Aims: {AIM_STEP} ms a step, {together} at most {AIM_TOGETHER} times {OURS}.\n")

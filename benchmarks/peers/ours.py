@@ -17,19 +17,21 @@ from bn_jax.linen import BatchNorm
 from bn_jax.measure import Budget, Point
 from bn_jax.measure.engines import engine_class
 from bn_jax.measure.grid import chunks
-from bn_jax.measure.layouts import Single
+from bn_jax.measure.layouts import layout
 from bn_jax.measure.programs import traced
 from bn_jax.models import MLP, CifarA
 from bn_jax.training.run import Run, RunState, Swept
 from bn_jax.training.xla import set_flags
 
 
-def prepare(task: Task, runs: int = 1, flags: bool = True) -> dict[str, Callable[[], Any]]:
+def prepare(
+    task: Task, runs: int = 1, flags: bool = True, parallel: str = "single"
+) -> dict[str, Callable[[], Any]]:
     """The programs, and `parameters`; an epoch trains so many runs, together where it pays."""
     if flags:
         set_flags()
     state, step = stepper(task)
-    _, epoch = trainer(task, runs)
+    _, epoch = trainer(task, runs, parallel=parallel)
     count = sum(v.size for v in jax.tree.leaves(state.train.params))
     return {"step": step, "epoch": epoch, "parameters": lambda: count}
 
@@ -44,21 +46,22 @@ def stepper(task: Task) -> tuple[RunState, Callable[[], Any]]:
 
 
 def trainer(
-    task: Task, runs: int = 1, make: type | None = None
+    task: Task, runs: int = 1, make: type | None = None, parallel: str = "single"
 ) -> tuple[Any, Callable[[], None]]:
     """An engine, by default that of a sweep, and a call that trains an epoch of its runs."""
-    point = Point(task.learning_rate, 1.0, 0.9)
-    return epochs(training(task), data(task), point, Budget(task.steps, task.steps), runs, make)
+    point, budget = Point(task.learning_rate, 1.0, 0.9), Budget(task.steps, task.steps)
+    return epochs(training(task), data(task), point, budget, runs, make, parallel)
 
 
 def epochs(
-    run: Run, dataset: Dataset, point: Point, budget: Budget, runs: int, make: type | None
-) -> tuple[Any, Callable[[], None]]:
+    run: Run, dataset: Dataset, point: Point, budget: Budget, runs: int, make: type | None,
+    parallel: str = "single",
+) -> tuple[Any, Callable[[], None]]:  # fmt: skip
     """An engine, and a call that trains its runs for the steps of the budget."""
-    layout = Single()
-    (chunk,) = chunks([point], range(runs), runs)
-    make = make or engine_class(traced(run, dataset), layout)
-    engine = make(run, dataset, budget, layout, chunk)
+    devices = layout(parallel, 1, runs)
+    (chunk,) = chunks([point], range(runs), runs, devices.block)
+    make = make or engine_class(traced(run, dataset), devices)
+    engine = make(run, dataset, budget, devices, chunk)
     state = [engine.init(chunk)]
 
     def train():

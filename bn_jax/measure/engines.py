@@ -115,7 +115,7 @@ class Together:
         inputs = _put(self._layout, chunk)
         pairs = zip(self._count, self._held_out, strict=True)
         sums = [count(state, *inputs, *held_out) for count, held_out in pairs]
-        return _report(state, sums, self._dataset, self._budget)
+        return _report(self._layout, state, sums, self._dataset, self._budget)
 
     def pick(self, state: Any, i: int, j: int) -> RunState:
         """A copy of the state of the run of point i and seed j."""
@@ -192,7 +192,7 @@ class InTurn:
                 parts.append(count(state, *inputs, split, rows))
                 self._layout.wait(parts)
             sums.append(jax.tree.map(lambda *v: sum(v), *parts))
-        return _report(state, sums, self._dataset, self._budget)
+        return _report(self._layout, state, sums, self._dataset, self._budget)
 
     def pick(self, state: Any, i: int, j: int) -> RunState:
         """A copy of the state of the run of point i and seed j."""
@@ -203,8 +203,10 @@ def _put(layout, chunk):
     return layout.put(chunk.keys, "seed"), layout.put(chunk.swept, "point")
 
 
-def _report(state, sums, dataset, budget):
-    sums, diverged_at = everyone(((state.sums, *sums), state.diverged_at))
+def _report(layout, state, sums, dataset, budget):
+    train, diverged_at = layout.whole(lambda s: (s.sums, s.diverged_at), state)
+    held_out = (layout.whole(lambda s: s, of) for of in sums)
+    sums, diverged_at = everyone(((train, *held_out), diverged_at))
     counts = (budget.eval_every, *(split.labels.shape[0] for split in _held_out(dataset)))
     report = {"diverged_at": diverged_at}
     for name, of, count in zip(("train", "validation", "test"), sums, counts, strict=True):

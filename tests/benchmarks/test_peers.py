@@ -88,6 +88,6 @@ def test_all_sides(capsys):
     pytest.importorskip("torch")
     small = {"features": MLP.features, "batch": 6, "images": 12, "rounds": 1}
     seconds = mlp_steps.run(mlp_steps.Config(runs=2, matrix=8, **small))
-    assert list(seconds) == [*SIDES, "bn_jax x 2"]
+    assert list(seconds) == [*SIDES, "bn_jax x 2", "bn_jax x 2 on cores"]
     rows = [r for r in capsys.readouterr().out.splitlines() if r.startswith("| bn_jax |")]
     assert rows[0].endswith("| 1.00 |")

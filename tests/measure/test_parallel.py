@@ -11,8 +11,8 @@ import pytest
 from bn_jax.data import batch_indices, load
 from bn_jax.errors import UserError
 from bn_jax.linen import BatchNorm, GhostBatchNorm
-from bn_jax.measure import Budget, Point, sweep
-from bn_jax.measure.layouts import MODES, Batch, Grid, automatic, layout
+from bn_jax.measure import Budget, Point, layouts, sweep
+from bn_jax.measure.layouts import MODES, Batch, Cores, Grid, automatic, layout
 from bn_jax.models import CNN, MLP
 from bn_jax.training.run import Run, Swept
 
@@ -106,6 +106,32 @@ def test_a_grid_over_eight_devices_has_the_records_of_one(family, features, poin
 
 
 @pytest.mark.parametrize(
+    ("family", "cores", "points", "seeds", "block"),
+    [
+        ((MLP, (16, 8)), 2, 3, (0, 1), (1, 2)),
+        ((MLP, (16, 8)), 2, 3, (0,), (2, 1)),
+        pytest.param((CNN, (4, 8)), 4, 1, (0, 1, 2), (1, 3), marks=pytest.mark.long),
+    ],
+)
+def test_cores_have_the_records_of_one(family, cores, points, seeds, block, monkeypatch):
+    """A part of the seeds for each, or of the points; a part that is not full; fewer runs."""
+    monkeypatch.setattr(layouts, "cores", lambda: cores)
+    assert Cores(points, len(seeds)).block == block
+    run = build(*family)
+    expected, weights = train(run, "single", POINTS[:points], seeds)
+    found, spread = train(run, "cores", POINTS[:points], seeds)
+    for record, other in zip(found, expected, strict=True):
+        assert_close(record, other, 2e-6)
+    assert_close(spread, weights, 1e-6)
+
+
+def test_cores_are_those_of_a_cpu(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(UserError, match=r"--parallel=cores is for a CPU"):
+        layout("cores", 1, 8)
+
+
+@pytest.mark.parametrize(
     ("points", "seeds", "block"),
     [(1, 8, (1, 8)), (8, 1, (8, 1)), (7, 5, (8, 1)), (2, 100, (2, 4)), (3, 3, (2, 4))],
 )
@@ -125,7 +151,7 @@ def test_what_is_chosen():
     assert automatic(7, 8) == "pmap"
     assert automatic(7, 8, processes=2) == "shard_map"
     with pytest.raises(
-        UserError, match="--parallel=pmpa: choose from auto, single, grid, pmap"
+        UserError, match="--parallel=pmpa: choose from auto, single, cores, grid"
     ):
         layout("pmpa", 1, 1)
 
