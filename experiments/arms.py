@@ -28,11 +28,13 @@ class Arm(NamedTuple):
       norm: layer class, a partial of one, or None.
       changes: flags that it has otherwise than the comparison, by name.
       model: constructor arguments of the network beyond those that are flags.
+      shuffle: whether every epoch has a new order, or all have that of the first.
     """
 
     norm: Callable[..., Any] | None
     changes: Mapping[str, Any] = {}
     model: Mapping[str, Any] = {}
+    shuffle: bool = True
 
     def config(self, config: Config) -> Config:
         """The comparison's flags as this arm has them."""
@@ -98,7 +100,7 @@ def build_run(config: Config, arm: Arm, dataset: Any) -> Any:
     """One arm as a `bn_jax.training.run.Run`."""
     import jax
 
-    from bn_jax.data import augmentation, batch_indices
+    from bn_jax.data import augmentation, batch_indices, same_batch_indices
     from bn_jax.training.metrics import cross_entropy
     from bn_jax.training.optimizers import optimizer
     from bn_jax.training.run import Run, Swept
@@ -119,9 +121,11 @@ def build_run(config: Config, arm: Arm, dataset: Any) -> Any:
             num_outputs=1 if dataset.num_classes == 2 else dataset.num_classes, norm=own
         )
 
+    indices = batch_indices if arm.shuffle else same_batch_indices
+
     def batches(key, first_step, num_steps):
         examples = dataset.train.labels.size
-        return batch_indices(key, first_step, num_steps, examples, config.batch_size)
+        return indices(key, first_step, num_steps, examples, config.batch_size)
 
     varying = config.schedule != "constant" or config.warmup_steps
     rates = schedule(

@@ -1,4 +1,4 @@
-"""Inception with BatchNorm at higher and higher learning rates, against Inception without.
+r"""Inception with BatchNorm at higher and higher learning rates, against Inception without.
 
 Ioffe & Szegedy 2015, section 4.2, on small images: the paper's network with narrower blocks
 and a stem of one convolution. Steps to the best accuracy of Inception and highest
@@ -9,12 +9,21 @@ learning rate, shifted, mirrored and distorted images. BN-Baseline has BatchNorm
 nonlinearity besides. BN-x5 and BN-x30 have 5 and 30 times the rate and the other changes of
 section 4.2.1: no dropout, a fifth of the L2, a decay 6 times as fast, no local response
 normalisation, no distortion. Training examples are shuffled afresh in every epoch for all
-arms; the paper's "more thoroughly" is this.
+arms; the paper's "more thoroughly" is this, and `--shuffle=False` takes it from all of them.
+Of BN-Baseline each of these is a flag: `--arms=bn_baseline` with `--learning_rates`,
+`--dropout`, `--l2`, `--decay_rate`, `--local_response_norm`, `--shuffle`, `--augment`.
 
 Not stated in the paper, and so from elsewhere: the decay (4 % every 8 epochs) from
 Szegedy et al. 2015 ("Going deeper with convolutions"), the weight of L2 from the network's
 later implementation in TensorFlow. A run here stands for 6 million steps of the paper, in
 which BN-x30 got to its best: 150 epochs, in which 4 % every 8 leave .47 of the rate.
+
+The paper's network and the 31 million steps of its Inception, for a GPU and a set of images of
+224x224 (NAME); 320,292 batches are 8 epochs of ImageNet:
+
+    python -m experiments.inception --dataset=NAME --stem=imagenet --width=1 \
+        --blocks=3a,3b,3c,4a,4b,4c,4d,4e,5a,5b --steps=31000000 --eval_every=10000 \
+        --decay_rate=0.96 --decay_steps=320292
 """
 
 from __future__ import annotations
@@ -54,6 +63,11 @@ class Config(compare.Config):
     dataset: str = flag("cifar10", "as in experiments.compare, of images")
     validation_fraction: float = flag(0.1, "as in experiments.compare")
     model: str = flag("inception", "as in experiments.compare")
+    stem: str = flag(
+        NETWORK["stem"],
+        "what precedes the blocks: small, a convolution that leaves half of height and width, "
+        "or imagenet, the paper's, which leaves an eighth",
+    )
     width: float = flag(NETWORK["width"], "the network's share of the paper's channels")
     blocks: tuple[str, ...] = flag(
         NETWORK["blocks"], "those that the network has, of 3a,3b,3c,4a,4b,4c,4d,4e,5a,5b"
@@ -77,12 +91,24 @@ class Config(compare.Config):
     augment: tuple[str, ...] = flag(
         ("shift", "flip", "distort"), "as in experiments.compare; without distort in x5 and x30"
     )
+    local_response_norm: bool | None = flag(
+        None,
+        "in the stem of every arm; by default in that of inception, inception_x5, "
+        "inception_sigmoid and bn_baseline alone",
+    )
+    shuffle: bool = flag(
+        True, "every epoch in a new order, in all arms; else all in the order of the first"
+    )
     seeds: int = flag(1, "how many seeds at each point of the grid")
     batch_size: int = flag(32, "examples in a training step")
     eval_every: int = flag(100, "training steps between evaluations; divides steps")
     ensemble: int = flag(6, "networks whose probabilities are averaged; 0: none")
     ensemble_scale: float = flag(1.5, "factor on the initial weights of those networks")
-    full: bool = flag(False, "print the layers of the 224x224 network first")
+    full: bool = flag(
+        False,
+        "print the layers of the paper's network, for images of 224x224, first; --stem, "
+        "--width and --blocks decide what is trained",
+    )
 
     def check(self) -> None:
         """Raises a UserError for a flag that makes no sense."""
@@ -107,11 +133,14 @@ def arms(config: Config) -> dict[str, compare.Arm]:
     """The networks of figure 3, the two that failed, and the norms of `experiments.compare`."""
     from bn_jax.linen import BatchNorm
 
-    network = NETWORK | {"width": config.width, "blocks": config.blocks}
-    original = network | {"local_response_norm": True}
+    network = {"stem": config.stem, "width": config.width, "blocks": config.blocks}
+    if config.local_response_norm is not None:
+        network["local_response_norm"] = config.local_response_norm
+    original = {"local_response_norm": True} | network
     x5, x30 = accelerated(config, 5), accelerated(config, 30)
     sigmoid = {"activation": "sigmoid"}
-    return {name: arm._replace(model=network) for name, arm in compare.norm_arms().items()} | {
+    norms = {name: arm._replace(model=network) for name, arm in compare.norm_arms().items()}
+    known = norms | {
         "inception": compare.Arm(None, model=original),
         "inception_x5": compare.Arm(None, {"learning_rates": x5["learning_rates"]}, original),
         "inception_sigmoid": compare.Arm(None, sigmoid, original),
@@ -120,6 +149,7 @@ def arms(config: Config) -> dict[str, compare.Arm]:
         "bn_x30": compare.Arm(BatchNorm, x30, network),
         "bn_x5_sigmoid": compare.Arm(BatchNorm, x5 | sigmoid, network),
     }
+    return {name: arm._replace(shuffle=config.shuffle) for name, arm in known.items()}
 
 
 def accelerated(config: Config, factor: float) -> dict[str, Any]:
@@ -141,7 +171,7 @@ def members(config: Config) -> dict[str, tuple[compare.Arm, range]]:
     for i, dropout in enumerate(DROPOUTS[: config.ensemble]):
         own = {"dropout": dropout, "init_scales": (config.ensemble_scale,)}
         seeds = range(config.seed + i, config.seed + config.ensemble, len(DROPOUTS))
-        arm = compare.Arm(x30.norm, {**x30.changes, **own}, model)
+        arm = x30._replace(changes={**x30.changes, **own}, model=model)
         found[f"ensemble, dropout {dropout:g}"] = arm, seeds
     return found
 

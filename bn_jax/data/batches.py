@@ -46,6 +46,15 @@ def batch_indices(
     return lax.dynamic_slice_in_dim(batches, first_step % per_epoch, num_steps)
 
 
+def same_batch_indices(
+    key: jax.Array, first_step: jax.Array, num_steps: int, num_examples: int, batch_size: int
+) -> jax.Array:
+    """As `batch_indices`, with every epoch in the order of the first: no fresh permutation."""
+    per_epoch = num_examples // batch_size
+    first = batch_indices(key, 0, per_epoch, num_examples, batch_size)
+    return first[(first_step + jnp.arange(num_steps)) % per_epoch]
+
+
 def permutation(key: jax.Array, n: int) -> jax.Array:
     """`jax.random.permutation(key, n)`, int32 `[n]`.
 

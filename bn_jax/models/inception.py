@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bn_jax.errors import UserError
 from bn_jax.models.images import check_images
 from bn_jax.models.norms import Norm, hidden_layer, normalized, with_fields
 from bn_jax.models.pooling import avg_pool, max_pool
@@ -49,6 +51,7 @@ BLOCKS = {
     "5a": Block(352, 192, 320, 160, 224, "avg", 128),
     "5b": Block(352, 192, 320, 192, 224, "max", 128),
 }
+LEAVES = {"imagenet": 8, "small": 2}  # a stem leaves 1 / this of height and width
 
 
 class InceptionBlock(nn.Module):
@@ -134,7 +137,7 @@ class Inception(nn.Module):
 
         Raises:
           ValueError: x is of another rank; an unknown stem or block; statistics per
-            activation without a norm.
+            activation without a norm; images smaller than what becomes one position.
         """
         self._check(x)
         if "input" in self.places:
@@ -157,6 +160,14 @@ class Inception(nn.Module):
         for name in self.blocks:
             if name not in BLOCKS:
                 raise ValueError(f"no block {name!r}: choose from {', '.join(BLOCKS)}")
+        height, width = x.shape[1:3]
+        least = LEAVES[self.stem] * math.prod(BLOCKS[name].stride for name in self.blocks)
+        if min(height, width) < least:
+            raise UserError(
+                f"images of {height}x{width} are too small for stem={self.stem!r} and the "
+                f"blocks {','.join(self.blocks)}, whose strides want {least}x{least}: choose "
+                "larger images, stem='small', or fewer of the blocks 3c and 4e"
+            )
         if self.per_activation_last and self.norm is None:
             raise ValueError("per_activation_last=True needs a norm, such as BatchNorm")
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bn_jax.data import batch_indices
+from bn_jax.data import batch_indices, same_batch_indices
 from bn_jax.data.batches import permutation
 
 KEY = jax.random.key(0)
@@ -30,6 +30,13 @@ def test_an_epoch_sees_every_example_once_and_the_next_in_another_order():
 def test_the_rest_of_an_epoch_is_left_out():
     order = np.asarray(batch_indices(KEY, 0, 2, 9, 4))
     assert len(set(order.ravel())) == 8
+
+
+def test_every_epoch_in_the_order_of_the_first():
+    first = batch_indices(KEY, 0, 5, 22, 4)
+    found = jax.jit(lambda step: same_batch_indices(KEY, step, 7, 22, 4))
+    for step in (0, 3, 11):
+        np.testing.assert_array_equal(found(step), first[(step + np.arange(7)) % 5])
 
 
 def test_order_depends_on_the_key():

@@ -1,5 +1,6 @@
 """Inception: the paper's settings, and a tiny run of all that it shows."""
 
+import dataclasses
 import functools
 import io
 import json
@@ -9,10 +10,13 @@ from contextlib import redirect_stdout
 import jax
 import numpy as np
 import pytest
+from docstrings import commands
 
+from bn_jax.data import batch_indices
 from bn_jax.errors import UserError
 from bn_jax.models import Inception
-from experiments import ensemble, figure_3, inception
+from experiments import compare, ensemble, figure_3, inception
+from experiments.arms import build_run, load_data
 
 
 def test_the_settings_are_those_of_the_source():
@@ -49,6 +53,61 @@ def test_the_changes_of_section_4_2_1():
     assert norms == set(config.arms) - {"inception"}
     assert arms["inception"].model["local_response_norm"]
     assert arms["bn_baseline"].model == arms["inception"].model
+
+
+def test_local_response_normalisation_is_a_flag():
+    def names(config):
+        known = inception.arms(config).items()
+        return {name for name, arm in known if arm.model.get("local_response_norm")}
+
+    original = {"inception", "inception_x5", "inception_sigmoid", "bn_baseline"}
+    assert names(inception.Config()) == original
+    everyone = inception.Config(local_response_norm=True)
+    assert names(everyone) == set(inception.arms(everyone))
+    assert names(inception.Config(local_response_norm=False)) == set()
+
+
+def test_shuffling_is_a_flag():
+    for shuffle in (True, False):
+        config = inception.Config(shuffle=shuffle)
+        members = (arm for arm, _ in inception.members(config).values())
+        assert {a.shuffle for a in (*inception.arms(config).values(), *members)} == {shuffle}
+    assert inception.Config().shuffle
+
+
+def test_an_arm_without_shuffling_has_the_first_epoch_again_and_again():
+    config = compare.Config(train_examples=100, batch_size=32, features=(2,))
+    dataset = load_data(config)
+
+    def order(shuffle):
+        run = build_run(config, compare.Arm(None, shuffle=shuffle), dataset)
+        return run.batches(jax.random.key(3), 0, 6)  # 3 batches in an epoch
+
+    expected = batch_indices(jax.random.key(3), 0, 6, 100, 32)
+    np.testing.assert_array_equal(order(True), expected)
+    np.testing.assert_array_equal(order(False), np.tile(expected[:3], (2, 1)))
+
+
+def test_the_papers_network_and_training_are_a_command():
+    (config,) = commands(inception)
+    arms = inception.arms(config)
+    assert Inception(**arms["bn_x30"].model) == Inception()
+    assert Inception(**arms["inception"].model) == Inception(local_response_norm=True)
+    # 4 % every 8 epochs, in x5 and x30 6 times as fast.
+    batches = 8 * 1_281_167 // config.batch_size
+    assert abs(config.decay_steps - batches) < 2
+    own = arms["bn_x30"].config(config)
+    assert (config.decay_rate, own.decay_rate) == (0.96, 0.96**6)
+    assert config.steps == 1e6 * figure_3.PUBLISHED["inception"][0]
+
+
+def test_images_too_small_for_the_stem_are_refused():
+    (config,) = commands(inception)
+    config = dataclasses.replace(config, dataset="digits")
+    arm = inception.arms(config)["bn_x5"]
+    message = "images of 8x8 are too small for stem='imagenet'.*32x32: choose larger images"
+    with pytest.raises(UserError, match=message):
+        build_run(config, arm, load_data(config))
 
 
 def test_the_network_is_the_narrow_one():

@@ -1,13 +1,17 @@
 """The LSTM: the source's settings, and a tiny run of all that it shows."""
 
+import dataclasses
 import io
 import json
 import os
 from contextlib import redirect_stdout
 
 import pytest
+from docstrings import commands
 
 from bn_jax.errors import UserError
+from bn_jax.linen import BatchNorm
+from bn_jax.training.run import Swept
 from experiments import lstm
 from experiments.arms import build_run, load_data
 from experiments.compare import Config as Compare
@@ -19,6 +23,21 @@ def test_the_settings_are_those_of_the_source():
     assert (config.optimizer, config.learning_rates, config.clip) == ("rmsprop", (1e-3,), 1)
     assert config.validation_fraction * 60_000 == 10_000
     assert lstm.Config(quick=True).dataset == "digits"
+
+
+def test_the_sizes_of_both_sources_are_a_command_each():
+    tutorial, full = commands(lstm)
+    assert (tutorial.arms, tutorial.features) == (("none", "lstm_bn"), (32,))
+    assert (full.read, full.steps, full.features) == ("pixels", lstm.STEPS, (100,))
+    assert full.steps * full.batch_size == 200 * 50_000 == 200 * full.eval_every * 100
+    assert not any((full.train_examples, full.test_examples, full.permuted, full.quick))
+
+
+def test_the_network_of_the_tutorial():
+    config = dataclasses.replace(commands(lstm)[0], dataset="digits")
+    run = build_run(config, lstm.arms(config)["lstm_bn"], load_data(config))
+    model = run.model(Swept())
+    assert (model.features, model.places, model.norm.func) == (32, ("output",), BatchNorm)
 
 
 def test_the_arms():
@@ -69,7 +88,8 @@ def test_the_gradient_of_every_step_before_and_after(finished):
 def test_rows_of_an_image_are_not_held_against_pixels(finished):
     rows = {row["quantity"]: row for row in finished[0]["published"]}
     assert rows["none: highest test accuracy (%)"]["source"] is None
-    assert rows["steps of none over those of recurrent_.1"]["source"] == "above 1 (pixels)"
+    faster = rows["steps of none over those of recurrent_.1"]
+    assert (faster["source"], faster["agrees"]) == ("above 1 (pixels)", None)
 
 
 def summary(none, recurrent, steps):
@@ -94,8 +114,10 @@ def summary(none, recurrent, steps):
 def test_faster_is_by_more_than_chance(ratio, ci95, agrees):
     measured = summary(0.5, 0.5, 2.0)
     measured["speedup"][0]["steps"] = {"ratio": ratio, "ci95": ci95}
-    *_, faster = lstm.rows(lstm.Config(), measured, {})
+    *_, faster = lstm.rows(lstm.Config(read="pixels"), measured, {})
     assert faster["agrees"] is agrees
+    *_, faster = lstm.rows(lstm.Config(read="rows"), measured, {})
+    assert faster["agrees"] is None
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(100_000, [True, False]), (200, [None] * 2)])
@@ -106,18 +128,38 @@ def test_accuracies_are_held_against_the_source_at_its_size_alone(steps, expecte
     assert [row["agrees"] for row in rows] == [*expected, False]
 
 
-def test_what_the_gradient_loses():
-    def agrees(read, small, large):
-        ends = {"recurrent_.1": small, "recurrent_1": large}
-        norms = {arm: {"start": [first, 5.0, 1.0]} for arm, first in ends.items()}
-        found = list(lstm.rows(lstm.Config(read=read), summary(0.5, 0.5, 2.0), norms))[3:]
-        return [row["agrees"] for row in found]
+def gradients(read, **first):
+    """Rows of arms whose gradient, 1 at the last step, is so much at the first."""
+    norms = {arm: {"start": [norm, 5.0, 1.0]} for arm, norm in first.items()}
+    return list(lstm.rows(lstm.Config(read=read), summary(0.5, 0.5, 2.0), norms))[3:]
 
-    assert agrees("pixels", 0.5, 1e-6) == [True, True]
-    assert agrees("pixels", 20.0, 1e9) == [True, False]
-    assert agrees("pixels", 1e-3, 1e-2) == [False, False]
-    assert agrees("rows", 0.5, 1e-6) == [None, None]
-    assert agrees("pixels", 0.5, None) == [None, None]
+
+@pytest.mark.parametrize(
+    ("small", "large", "agrees"),
+    [
+        (0.5, 1e-6, [True, True]),
+        (3.71, 9.8e6, [True, False]),
+        (0.11, 0.09, [True, True]),
+        (20.0, 0.5, [False, False]),  # one may be nearer 1 than the other, and not near
+        (1e-3, 1e-2, [False, True]),
+        (0.5, None, [True, None]),
+    ],
+)
+def test_what_the_gradient_loses(small, large, agrees):
+    first = {"recurrent_.1": small, "recurrent_1": large, "none": 0.5}
+    found = gradients("pixels", **first)
+    assert [row["agrees"] for row in found] == [*agrees, None]
+    small, _, none = (row["quantity"] for row in found)
+    assert small.endswith("before training (agrees: 0.1 to 10)")
+    assert none.endswith("before training")
+    assert [row["agrees"] for row in gradients("rows", **first)] == [None] * 3
+
+
+def test_only_of_a_gradient_that_grows_it_is_said_that_it_does():
+    found = gradients("pixels", **{"recurrent_.1": 1e-3, "recurrent_1": 0.5})
+    assert [row["reason"] for row in found] == [None, None]
+    (grown,) = gradients("pixels", recurrent_1=4.54)
+    assert "grows instead" in grown["reason"]
 
 
 @pytest.mark.parametrize(

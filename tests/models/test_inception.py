@@ -303,6 +303,20 @@ def test_what_is_refused(model, message):
         shapes(model)
 
 
+@pytest.mark.parametrize(
+    ("model", "image", "least"),
+    [
+        (Inception(), (31, 64, 3), 32),
+        (Inception(), (64, 31, 3), 32),
+        (Inception(stem="small"), (7, 7, 3), 8),
+        (Inception(blocks=("3a", "3c")), (15, 15, 3), 16),
+    ],
+)
+def test_an_image_smaller_than_the_product_of_the_strides_is_refused(model, image, least):
+    with pytest.raises(ValueError, match=f"strides want {least}x{least}: choose larger"):
+        shapes(model, image)
+
+
 def test_other_than_images_is_refused():
     with pytest.raises(ValueError, match=r"\[n, height, width, channels\], not \(2, 9\)"):
         shapes(Inception(), (9,))
