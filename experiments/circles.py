@@ -5,7 +5,7 @@ sigmoid; gradient descent with rate .01 and momentum .9, batches of 32, 100 epoc
 the number of epochs until 80 % of the test set are right. Variations: BatchNorm without
 scale and bias, with momentum 0 (the statistics of the last batch alone), on the input.
 
-The source is a tutorial in Keras, which initialises uniformly where we do normally.
+The source is a tutorial in Keras; its initial weights are uniform, ours normal.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ STEPS_PER_EPOCH = 500 // 32
 ACCURACIES = {"none": (0.838, 0.846), "bn": (0.846, 0.848), "bn_before": (0.826, 0.830)}
 # Epochs until 80 % of the test set are right.
 EPOCHS = {"none": "30 to 40", "bn": "within 20", "bn_before": "no fewer than none"}
+INITIAL_WEIGHTS = {
+    "quantity": "distribution of initial weights", "here": "normal", "source": "uniform",
+}  # fmt: skip
 WITHIN = 0.02  # the standard deviation of an accuracy of .84 over 500 points is .016
 
 
@@ -81,7 +84,7 @@ def arms() -> dict[str, compare.Arm]:
 
 
 def extra(training: compare.Training, weights: dict) -> compare.Extra:
-    """The published numbers beside ours, and the decision regions of the first seed."""
+    """The published numbers beside ours, the data, and decision regions of the first seed."""
     dataset, published = training.dataset, list(rows(training.records, training.summary))
     figures = ()
     if dataset.train.inputs.shape[1:] == (2,) and dataset.num_classes == 2:
@@ -90,7 +93,7 @@ def extra(training: compare.Training, weights: dict) -> compare.Extra:
 
 
 def rows(records: list[dict], summary: dict) -> Iterator[dict[str, Any]]:
-    """Final accuracy and epochs to the target, of every arm."""
+    """Final accuracy and epochs to the target, of every arm; what is set otherwise here."""
     medians = {
         a["arm"]: [v and v / STEPS_PER_EPOCH for v in _numbers(a["steps_to_target"])]
         for a in summary["arms"]
@@ -115,6 +118,7 @@ def rows(records: list[dict], summary: dict) -> Iterator[dict[str, Any]]:
             "source": EPOCHS.get(name),
             "agrees": _as_published(name, medians),
         }
+    yield INITIAL_WEIGHTS
 
 
 def _as_published(name, medians):
@@ -148,7 +152,10 @@ def _epochs(numbers, arm):
 
 
 def regions(training: compare.Training, weights: dict) -> tuple[str, str, Any]:
-    """The probability of class 1 over the plane, by the first seed at each arm's best point."""
+    """The data, and over the plane the probability of class 1.
+
+    By the first seed at each arm's best point.
+    """
     import jax
     import numpy as np
 
@@ -169,7 +176,10 @@ def regions(training: compare.Training, weights: dict) -> tuple[str, str, Any]:
         )
         probability = np.asarray(jax.nn.sigmoid(logits[:, 0]))
         maps[name] = probability.reshape(side.size, side.size)
-    points = (np.asarray(dataset.test.inputs), np.asarray(dataset.test.labels))
+    points = (
+        (np.asarray(split.inputs), np.asarray(split.labels))
+        for split in (dataset.train, dataset.test)
+    )
     return "decision_regions.png", CAPTION, decision_regions(maps, side, *points)
 
 

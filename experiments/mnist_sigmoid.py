@@ -35,11 +35,7 @@ SETTING = {
     "activation": "sigmoid", "places": ("before",), "batch_size": 60, "steps": 50_000,
 }  # fmt: skip
 MUCH = 2
-REASONS = {
-    "much more stable with BN": "What BatchNorm prevents is the drift of the first steps, and "
-    "of low learning rates: see the other rows. Later a network whose rate was chosen well "
-    "drifts little without it too. The paper does not state its rate.",
-}  # fmt: skip
+STABLE = "much more stable with BN"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +135,7 @@ def rows(training: compare.Training, drift: dict) -> Any:
                 "here": here,
                 "source": claim if claimed else None,
                 "agrees": holds if judged and claim else None,
-                "reason": REASONS.get(claim),
+                "reason": reason(drift, place) if claim == STABLE else None,
             }
 
 
@@ -182,12 +178,9 @@ def drifts(drift: dict, place: int) -> Any:
     """Of the percentiles: each arm at its best point, then all at one rate after the other."""
     from bn_jax.report.text import number
 
-    compared = [("drift, ratio", drift, "much more stable with BN")]
+    compared = [("drift, ratio", drift, STABLE)]
     compared.append(("drift in the first tenth, ratio", drift["first_tenth"], None))
-    for block in drift["by_rate"]:
-        rate, scale = (block["arms"][0][field] for field in ("learning_rate", "init_scale"))
-        at = f"at rate {number(rate)}" + (f", scale {number(scale)}" if scale != 1 else "")
-        compared.append((f"drift {at}, ratio", block, None))
+    compared += [(f"drift at {_rate(block)}, ratio", block, None) for block in drift["by_rate"]]
     for what, block, claim in compared:
         medians = [arm["median"] for arm in block["arms"]]
         ratio = block["times_smaller"][place - 1]
@@ -195,10 +188,33 @@ def drifts(drift: dict, place: int) -> Any:
         yield what, here, claim, above(ratio, MUCH)
 
 
+def reason(drift: dict, place: int) -> str:
+    """Where the ratio of drifts is largest and smallest, as the source leaves its rate open."""
+    from bn_jax.report.text import number
+
+    def ratio(block):
+        return block["times_smaller"][place - 1]["ratio"]
+
+    known = sorted((b for b in drift["by_rate"] if ratio(b) is not None), key=ratio)
+    text = "The paper does not state its learning rate"
+    if len(known) > 1:
+        least, *_, most = ((number(ratio(b)), _rate(b)) for b in known)
+        text += ", and the ratio depends on it: {} at {}, {} at {}".format(*most, *least)
+    return f"{text}."
+
+
 def above(ratio: dict, bound: float) -> bool:
     """Whether the whole interval is; an end that is None is infinite."""
     low = ratio["ci95"][0]
     return low is None or low > bound
+
+
+def _rate(block):
+    """ "rate 0.1", with the initial scale where that is not 1."""
+    from bn_jax.report.text import number
+
+    rate, scale = (block["arms"][0][field] for field in ("learning_rate", "init_scale"))
+    return f"rate {number(rate)}" + (f", scale {number(scale)}" if scale != 1 else "")
 
 
 def _ratio(base, own, ratio, form):

@@ -16,8 +16,8 @@ REASONS: dict[str, dict[str, str]] = {
     },
     "regularisation": {
         "gap with BatchNorm less that without": (
-            "The difference is small on this set, and its interval over the seeds allows for "
-            "none; without and with more L2 it does not."
+            "The interval over the seeds reaches 0 or goes beyond, so a smaller gap is not "
+            "shown; the paper does not say how much smaller it is."
         ),
     },
     "batch_size": {

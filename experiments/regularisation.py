@@ -8,6 +8,7 @@ between runs of one seed, medians over the seeds with 95 % intervals (percentile
 
 The claims are those of Ioffe & Szegedy 2015: BatchNorm regularises (section 3.4), and dropout
 can be removed without more overfitting (section 4.2.1). The paper has no numbers for either.
+Where dropout is of no use without BatchNorm, its removal with BatchNorm shows nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +25,14 @@ from experiments.flags import flag
 EXPERIMENT = "regularisation"
 QUESTION = "Does BatchNorm make dropout obsolete on a small training set?"
 OBSOLETE = "dropout can be removed without more overfitting (Ioffe & Szegedy 2015, 4.2.1)"
+# By whether dropout helps without BatchNorm, and with it.
+ANSWERS = {
+    (True, False): "yes, dropout clearly helps without BatchNorm and not with it",
+    (True, True): "no, dropout clearly helps with BatchNorm too",
+    (False, True): "no, dropout clearly helps with BatchNorm and not without it",
+    (False, False): "nothing to make obsolete, dropout does not clearly help without "
+    "BatchNorm or with it",
+}
 REGULARISES = "BatchNorm regularises (Ioffe & Szegedy 2015, 3.4)"
 
 
@@ -189,23 +198,42 @@ def table(combinations: list[dict]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+class Change(NamedTuple):
+    """What the dropout of a combination does: estimates of the differences from none."""
+
+    cell: Cell
+    accuracy: dict[str, Any]
+    gap: dict[str, Any]
+
+    @property
+    def helps(self) -> bool:
+        """Whether it clearly raises the test accuracy, or lowers the gap."""
+        return self.accuracy["ci95"][0] > 0 or self.gap["ci95"][1] < 0
+
+
 def rows(config: Config, measured: dict[Cell, Measured]) -> Any:
     """What dropout does with each norm, and what BatchNorm does without dropout, at every L2.
 
-    Dropout is taken at the rate that is best on validation. A claim agrees if the interval
-    of the difference does not contradict it: that dropout is not needed with BatchNorm, if it
-    does not clearly raise the test accuracy, nor lower the gap; that BatchNorm regularises,
-    if it clearly lowers the gap.
+    That dropout can be removed is not so if it helps with BatchNorm, is so if it helps without
+    alone, and is not judged if it helps neither. That BatchNorm regularises is so if the
+    interval of the gap's change is below 0.
     """
-    dropouts = [d for d in config.dropouts if d]
-    for l2 in config.l2s if 0.0 in config.dropouts else ():
-        without = {norm: measured[Cell(norm, 0.0, l2)] for norm in config.arms}
-        for norm in config.arms if dropouts else ():
-            own = [Cell(norm, d, l2) for d in dropouts]
-            best = max(own, key=lambda cell: _mean(measured[cell].validation))
-            yield _dropout_row(best, measured[best], without[norm])
-        if {"none", "bn"} <= set(config.arms):
-            less = crossed.difference(without["bn"].gap, without["none"].gap)
+    both = {"none", "bn"} <= set(config.arms)
+    l2s = config.l2s if 0.0 in config.dropouts else ()
+    found = {l2: changes(config, measured, l2) for l2 in l2s if any(config.dropouts)}
+    if both and found:
+        yield {
+            "quantity": "Does BatchNorm make dropout obsolete?", "here": answer(found),
+            "source": None,
+        }  # fmt: skip
+    for l2 in l2s:
+        own = found.get(l2, {})
+        for change in own.values():
+            yield _dropout_row(change, own.get("none"))
+        if both:
+            less = crossed.difference(
+                measured[Cell("bn", 0.0, l2)].gap, measured[Cell("none", 0.0, l2)].gap
+            )
             yield {
                 "quantity": f"gap with BatchNorm less that without, no dropout, L2 {l2:g}",
                 "here": crossed.points_text(less),
@@ -214,19 +242,40 @@ def rows(config: Config, measured: dict[Cell, Measured]) -> Any:
             }
 
 
-def _dropout_row(cell, dropped, kept):
-    gain, gap = (
-        crossed.difference(dropped.test, kept.test),
-        crossed.difference(dropped.gap, kept.gap),
-    )
-    needed = gain["ci95"][0] > 0 or gap["ci95"][1] < 0
-    texts = crossed.points_text(gain), crossed.points_text(gap)
+def changes(config: Config, measured: dict[Cell, Measured], l2: float) -> dict[str, Change]:
+    """By norm, what dropout does at the rate that is best on validation."""
+    found = {}
+    for norm in config.arms:
+        dropped = [Cell(norm, d, l2) for d in config.dropouts if d]
+        best = max(dropped, key=lambda cell: _mean(measured[cell].validation))
+        own, kept = measured[best], measured[Cell(norm, 0.0, l2)]
+        found[norm] = Change(
+            best,
+            crossed.difference(own.test, kept.test),
+            crossed.difference(own.gap, kept.gap),
+        )
+    return found
+
+
+def answer(found: dict[float, dict[str, Change]]) -> str:
+    """Whether BatchNorm makes dropout obsolete, of all weights of the L2 penalty."""
+    weights: dict[str, list[str]] = {}
+    for l2, own in found.items():
+        text = ANSWERS[own["none"].helps, own["bn"].helps]
+        weights.setdefault(text, []).append(f"{l2:g}")
+    return "; ".join(f"L2 {', '.join(l2s)}: {text}" for text, l2s in weights.items())
+
+
+def _dropout_row(change, without):
+    cell, bn = change.cell, change.cell.norm == "bn"
+    removable = False if change.helps else True if without and without.helps else None
+    texts = crossed.points_text(change.accuracy), crossed.points_text(change.gap)
     return {
         "quantity": f"{cell.norm}, L2 {cell.l2:g}: dropout {cell.dropout:g} changes test "
         "accuracy, and gap",
         "here": "{}, gap {}".format(*texts),
-        "source": OBSOLETE if cell.norm == "bn" else None,
-        "agrees": not needed if cell.norm == "bn" else None,
+        "source": OBSOLETE if bn else None,
+        "agrees": removable if bn else None,
     }
 
 

@@ -14,6 +14,11 @@ from bn_jax.report.sentences import speedup_lines
 from bn_jax.report.tables import headline, published_rows, summary_rows
 from bn_jax.report.text import plural, subject
 
+AGREEING = "published claims that agree, of those judged"
+NOT_JUDGED = (
+    "Not judged: rows with something published and no answer. The run is smaller than the "
+    "source's, of other data or of another setting, or its numbers cannot tell."
+)
 WIDTH, COLORS = 1000, 64  # of a figure in the page: some 40 kB
 
 
@@ -78,7 +83,7 @@ def page(
     places = {name: i for i, name in enumerate(order)}
     ordered = sorted(found, key=lambda s: places.get(s.partition(" (")[0], len(places)))
     rows, texts = zip(*(found[subject] for subject in ordered), strict=True)
-    contents = table(["experiment", "published numbers that agree", "seeds", "machine"], rows)
+    contents = table(["experiment", AGREEING, "seeds", "machine"], rows)
     return "\n".join([INTRODUCTION, contents, *texts])
 
 
@@ -110,6 +115,7 @@ def section(finished: Finished, figures: Path, link: str) -> str:
     if summary.get("published"):
         parts.append("Beside the source:\n")
         parts.append(table(*published_rows(summary)))
+        parts += [NOT_JUDGED] if None in _answers(summary) else []
         parts += _reasons(summary)
     for name, caption in finished.captions.items():
         path = f"{link}/{_shrunk(finished, name, figures)}"
@@ -119,12 +125,12 @@ def section(finished: Finished, figures: Path, link: str) -> str:
 
 def _contents_row(finished):
     summary = finished.summary
-    said = [
-        row["agrees"] for row in summary.get("published", ()) if row.get("agrees") is not None
-    ]
+    said = _answers(summary)
+    judged = [answer for answer in said if answer is not None]
     seeds = finished.config["flags"].get("seeds")
     title = f"[{finished.subject}](#{_anchor(finished)})"
-    agree = f"{sum(said)} of {len(said)}" if said else "none at this size"
+    without = "not judged" if said else "nothing published"
+    agree = f"{sum(judged)} of {len(judged)}" if judged else without
     return [title, agree, str(seeds or ""), ", ".join(finished.config.get("devices", ()))]
 
 
@@ -144,6 +150,12 @@ def _spent(finished):
         if seconds
         else f"With {known}."
     )
+
+
+def _answers(summary):
+    """Whether each claim of a source agrees; a row without `agrees` tells a setting."""
+    published = (row for row in summary.get("published", ()) if row["source"])
+    return [row["agrees"] for row in published if "agrees" in row]
 
 
 def _reasons(summary):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from bn_jax.report.points import label
+from bn_jax.report.points import grid, label, same_point, values
 from bn_jax.report.text import finite, number, whole
 
 FEWER_MORE = {"steps": ("fewer steps", "more steps"), "seconds": ("less time", "more time")}
@@ -14,21 +14,30 @@ EQUAL = {"steps": "as many steps", "seconds": "as much time"}
 def speedup_lines(summary: dict) -> list[str]:
     """One sentence per arm and its baseline: at their own best rates, then at the same rate.
 
+    Between them, where the best rate of an arm is at an end of the grid, one that says so.
     "2.9 times fewer steps" is the ratio of the medians over seeds. A ratio below 1 is told
     as its inverse, "more steps"; an interval with 1 in it is said to allow for chance.
     """
     budget = summary["budget_steps"]
-    own = comparisons(summary, budget)
+    own = _speedups(summary, budget)
     lines = [f"Each arm at its own best learning rate: {line}" for line in own]
+    lines += _at_an_end(summary)
     same = summary.get("at_same_learning_rate")
     if same:
         where = label(summary, same)
-        lines += [f"All arms at learning {where}: {s}" for s in comparisons(same, budget)]
+        lines += [f"All arms at learning {where}: {s}" for s in _speedups(same, budget)]
     return lines or [nothing_to_compare(summary)]
 
 
 def comparisons(block: dict, budget: int) -> list[str]:
-    """A sentence per speedup of `block`, which has "arms" and "speedup"."""
+    """A sentence per speedup of `block`, which has "arms" and "speedup"; and one on its grid.
+
+    The last is there where the best learning rate of an arm is at an end of those tried.
+    """
+    return _speedups(block, budget) + _at_an_end(block)
+
+
+def _speedups(block, budget):
     arms = {arm["arm"]: arm for arm in block["arms"]}
     return [
         _sentence(s, arms[s["arm"]], arms[s["over"]], budget) for s in block.get("speedup", [])
@@ -39,6 +48,19 @@ def nothing_to_compare(summary: dict) -> str:
     """The sentence for a summary without a speedup."""
     names = ", ".join(arm["arm"] for arm in summary["arms"])
     return f"Nothing to compare: the only runs are of {names or 'no arm at all'}."
+
+
+def _at_an_end(block):
+    """ "bn's best learning rate, 3, is the largest that was tried." in a list, or nothing."""
+    found = []
+    for arm in block["arms"] if block.get("speedup") else ():
+        rates = values([p for p in grid(block) if p["arm"] == arm["arm"]], "learning_rate")
+        for rate, end in ((rates[0], "smallest"), (rates[-1], "largest")):
+            if len(rates) > 1 and same_point(arm, {"learning_rate": rate}, ("learning_rate",)):
+                found.append((arm["arm"], number(rate), end))
+    first = "{}'s best learning rate, {}, is the {} that was tried"
+    texts = [("{}'s, {}, the {}" if i else first).format(*end) for i, end in enumerate(found)]
+    return ["; ".join(texts) + "."] if found else []
 
 
 def _sentence(speedup: dict, arm: dict, base: dict, budget: int) -> str:

@@ -52,7 +52,8 @@ def same_rate_rows(summary: dict) -> Rows | None:
 def published_rows(summary: dict) -> Rows:
     """What a source published beside what was measured here; no rows where there is nothing.
 
-    The last column is of `agrees`: true, false, or null where nothing was published.
+    The last column is of `agrees`: true, false, or null where it was not judged, or nothing
+    was published; a row that has none tells a setting.
     """
     said = {True: "yes", False: "no", None: ""}
     rows = [

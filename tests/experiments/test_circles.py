@@ -5,8 +5,10 @@ import json
 import os
 from contextlib import redirect_stdout
 
+import numpy as np
 import pytest
 
+from bn_jax.report import regions
 from experiments import circles
 
 
@@ -37,39 +39,57 @@ def test_the_arms():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Summary, output, folder."""
+    """Summary, output, folder, arguments of the figure."""
     folder = tmp_path_factory.mktemp("circles") / "w"
     config = circles.Config(
         seeds=2, steps=30, features=(4,), arms=("none", "bn_before", "bn_momentum_0"),
         workdir=str(folder),
     )  # fmt: skip
-    with redirect_stdout(io.StringIO()) as written:
+    shown, draw = [], regions.decision_regions
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as written:
+        patch.setattr(regions, "decision_regions", lambda *a: shown.extend(a) or draw(*a))
         summary = circles.run(config)
-    return summary, written.getvalue(), folder
+    return summary, written.getvalue(), folder, shown
 
 
 def test_what_it_leaves(finished):
-    summary, written, folder = finished
+    summary, written, folder, _ = finished
     assert "decision_regions.png" in os.listdir(folder / "figures")
     assert json.loads((folder / "summary.json").read_text()) == summary
     page = (folder / "report.html").read_text()
     assert "Beside the published numbers" in page
-    assert "Decision regions" in page
+    assert "The data, and decision regions" in page
     assert ".838 / .846" in written
     assert written.rstrip().endswith("report.html")
 
 
+def test_the_data_are_shown_as_the_source_splits_them(finished):
+    from sklearn.datasets import make_circles
+
+    points, labels = make_circles(1000, noise=0.1, random_state=1)
+    _, side, *splits = finished[3]
+    for i, (own, classes) in enumerate(splits):
+        where = slice(500 * i, 500 * (i + 1))
+        np.testing.assert_allclose(own, points[where], rtol=1e-6)
+        np.testing.assert_array_equal(classes, labels[where])
+    assert side[0] < points.min()
+    assert side[-1] > points.max()
+
+
 def test_the_published_numbers_stand_beside_ours(finished):
-    summary, _, _ = finished
+    summary, *_ = finished
     rows = {row["quantity"]: row for row in summary["published"]}
-    assert len(rows) == 6
+    assert len(rows) == 7
     assert rows["none: accuracy, training / test"]["source"] == ".838 / .846"
     assert rows["bn_momentum_0: epochs to 80%"]["source"] is None
     assert "not reached" in rows["none: epochs to 80%"]["here"]
+    setting = rows["distribution of initial weights"]
+    assert (setting["here"], setting["source"]) == ("normal", "uniform")
+    assert "agrees" not in setting
 
 
 def test_the_momentum_is_the_arms_own(finished):
-    summary, _, _ = finished
+    summary, *_ = finished
     momentums = {arm["arm"]: arm["momentum"] for arm in summary["arms"]}
     assert momentums == {"none": None, "bn_before": 0.99, "bn_momentum_0": 0.0}
     assert summary["at_same_learning_rate"] is None

@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 import pytest
 
 from experiments import mnist_sigmoid
-from experiments.mnist_sigmoid import Config, above, is_the_sources
+from experiments.mnist_sigmoid import Config, above, is_the_sources, reason
 
 
 def test_the_settings_are_those_of_the_source():
@@ -44,6 +44,28 @@ def test_a_network_without_such_units_is_refused(change):
 )
 def test_a_claim_needs_the_whole_interval(low, expected):
     assert above({"ratio": 3.0, "ci95": [low, 4.0]}, 2) is expected
+
+
+def block(ratio, rate, scale=1.0):
+    return {
+        "arms": [{"learning_rate": rate, "init_scale": scale}],
+        "times_smaller": [{"ratio": ratio, "ci95": [None, None]}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("by_rate", "found"),
+    [
+        ([(1.76, 0.1), (1.03, 3.0), (1.22, 1.0)],
+         ", and the ratio depends on it: 1.76 at rate 0.1, 1.03 at rate 3"),
+        ([(0.8, 0.1, 2.0), (None, 1.0), (2.5, 3.0)],
+         ", and the ratio depends on it: 2.5 at rate 3, 0.8 at rate 0.1, scale 2"),
+        ([(1.1, 0.1)], ""),
+    ],
+)  # fmt: skip
+def test_the_reason_is_read_off_the_run(by_rate, found):
+    drift = {"by_rate": [block(*one) for one in by_rate]}
+    assert reason(drift, 1) == f"The paper does not state its learning rate{found}."
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +106,8 @@ def test_the_claims_stand_beside_ours(finished):
     (ratio,) = summary["drift"]["times_smaller"]
     assert drift["agrees"] is (ratio["ci95"][0] > 2)
     assert f"{ratio['ratio']:.3g}" in drift["here"]
+    assert drift["reason"] == reason(summary["drift"], 1)
+    assert accuracy["reason"] is None
 
 
 def test_drift_is_there_for_every_rate(finished):

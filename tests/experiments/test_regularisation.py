@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from contextlib import redirect_stdout
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from bn_jax.errors import UserError
 from experiments import regularisation
+from experiments.reasons import reason
 from experiments.regularisation import Cell, Measured
 
 
@@ -38,25 +40,59 @@ def measured(test, gap):
 
 
 @pytest.mark.parametrize(
-    ("none_gap", "bn_gap", "bn_dropped", "regularises", "obsolete"),
-    [
-        (0.10, 0.05, 0.05, True, True),  # dropout changes nothing
-        (0.10, 0.05, 0.02, True, False),  # it still helps
-        (0.05, 0.10, 0.12, False, True),  # it harms
+    ("none", "bn", "regularises", "obsolete", "answer"),
+    [  # The gap without dropout, and with it.
+        ((0.10, 0.05), (0.05, 0.05), True, True, "yes, .* not with it"),
+        ((0.10, 0.05), (0.05, 0.07), True, True, "yes, .* not with it"),
+        ((0.10, 0.05), (0.05, 0.02), True, False, "no, .* too"),
+        ((0.05, 0.05), (0.10, 0.05), False, False, "no, .* not without it"),
+        ((0.05, 0.08), (0.10, 0.10), False, None, "nothing to make obsolete, .*"),
+        ((0.05, 0.05), (0.10, 0.12), False, None, "nothing to make obsolete, .*"),
     ],
-)
-def test_the_claims(none_gap, bn_gap, bn_dropped, regularises, obsolete):
+)  # fmt: skip
+def test_the_claims(none, bn, regularises, obsolete, answer):
     config = regularisation.Config(dropouts=(0.0, 0.5), l2s=(0.0,))
+    first, *rows = regularisation.rows(config, of_gaps(none, bn, 0.0))
+    assert first["quantity"] == "Does BatchNorm make dropout obsolete?"
+    assert re.fullmatch(f"L2 0: {answer}", first["here"])
+    assert first["source"] is None
+    assert [row["agrees"] for row in rows] == [None, obsolete, regularises]
+    change = 100 * (bn[0] - bn[1])
+    assert rows[1]["here"].startswith(f"{change:+.1f} [")
+
+
+def of_gaps(none, bn, l2):
     # All right on the training set: what the gap loses the test accuracy gains.
     gaps = {
-        Cell("none", 0.0, 0.0): none_gap, Cell("none", 0.5, 0.0): none_gap / 2,
-        Cell("bn", 0.0, 0.0): bn_gap, Cell("bn", 0.5, 0.0): bn_dropped,
-    }  # fmt: skip
-    values = {cell: measured(1 - gap, gap) for cell, gap in gaps.items()}
-    rows = list(regularisation.rows(config, values))
-    assert [row["agrees"] for row in rows] == [None, obsolete, regularises]
-    change = 100 * (bn_gap - bn_dropped)
-    assert rows[1]["here"].startswith(f"{change:+.1f} [")
+        Cell(norm, dropout, l2): gap
+        for norm, own in (("none", none), ("bn", bn))
+        for dropout, gap in zip((0.0, 0.5), own, strict=True)
+    }
+    return {cell: measured(1 - gap, gap) for cell, gap in gaps.items()}
+
+
+def test_the_answer_tells_the_weights_of_l2_apart():
+    config = regularisation.Config(dropouts=(0.0, 0.5), l2s=(0.0, 0.001, 0.01))
+    values = {}
+    for l2, none in zip(config.l2s, ((0.05, 0.05), (0.1, 0.05), (0.05, 0.06)), strict=True):
+        values |= of_gaps(none, (0.05, 0.05), l2)
+    first, *rows = regularisation.rows(config, values)
+    nothing, yes = first["here"].split("; ")
+    assert nothing.startswith("L2 0, 0.01: nothing")
+    assert yes.startswith("L2 0.001: yes")
+    assert [row["agrees"] for row in rows[1::3]] == [None, True, None]
+
+
+def test_without_the_plain_network_there_is_no_answer():
+    config = regularisation.Config(arms=("bn",), dropouts=(0.0, 0.5), l2s=(0.0,))
+    rows = list(regularisation.rows(config, of_gaps((0, 0), (0.05, 0.05), 0.0)))
+    assert [row["agrees"] for row in rows] == [None]
+
+
+def test_the_reason_holds_for_any_run():
+    text = reason("regularisation", "gap with BatchNorm less that without, no dropout, L2 7")
+    assert text.startswith("The interval over the seeds reaches 0 or goes beyond")
+    assert "L2" not in text  # it knows nothing of other rows
 
 
 def test_a_tiny_run(tmp_path):

@@ -24,6 +24,7 @@ from bn_jax.report.plotting import (
     new_figure,
 )
 from bn_jax.report.points import all_rates
+from bn_jax.report.regions import decision_regions
 
 FOUR = ("none", "bn", "layer", "group")
 CASES = {
@@ -190,3 +191,33 @@ def test_import_is_cheap_and_touches_no_plotting_state():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["False", "False", "True", "False"]
+
+
+@pytest.mark.parametrize("arms", [1, 4, 6])
+def test_the_data_stand_beside_the_decision_regions(arms):
+    noise = np.random.default_rng(0)
+    train, test = ((noise.uniform(-1, 1, (n, 2)), np.arange(n) % 3 // 2) for n in (30, 12))
+    side = np.linspace(-1.5, 1.5, 8)
+    plane = np.add.outer(side, side) / 6 + 0.5
+    figure = decision_regions({f"arm_{i}": plane for i in range(arms)}, side, train, test)
+    data, *panels = figure.axes
+    assert [ax.get_title() for ax in panels] == [f"arm_{i}" for i in range(arms)]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "class 0, 20 to train on", "class 1, 10 to train on",
+        "class 0, 8 to test on", "class 1, 4 to test on",
+    ]  # fmt: skip
+    drawn = [line for line in data.lines if len(line.get_xdata())]
+    assert [len(line.get_xdata()) for line in drawn] == [20, 10, 8, 4]
+    assert [line.get_fillstyle() for line in drawn] == ["full", "full", "none", "none"]
+    # The classes by marker and colour, each alone.
+    for look in ("marker", "color"):
+        kinds = [getattr(line, f"get_{look}")() for line in drawn]
+        assert kinds == 2 * kinds[:2]
+        assert kinds[0] != kinds[1]
+    figure.draw_without_rendering()
+    whole, found = figure.bbox, figure.get_tightbbox().transformed(figure.dpi_scale_trans)
+    assert whole.x0 <= found.x0 < found.x1 <= whole.x1
+    assert whole.y0 <= found.y0 < found.y1 <= whole.y1
+    lowest = [ax for i, ax in enumerate(panels) if i + 3 >= arms]
+    assert all(ax.xaxis.get_tick_params()["labelbottom"] for ax in lowest)

@@ -6,6 +6,7 @@ import pytest
 
 from bn_jax import report
 from bn_jax.errors import UserError
+from bn_jax.report.results import Finished, page
 from experiments import make_report
 
 ROWS = [
@@ -66,6 +67,36 @@ def test_the_page(finished):
     assert len(set(links)) == len(links) == 5
     for link in links:
         assert (out.parent / link).stat().st_size < 100_000
+
+
+CLAIM = {"quantity": "drift", "here": "2", "source": "smaller"}
+WITHOUT = {"quantity": "more", "here": "3", "source": None, "agrees": None}
+
+
+@pytest.mark.parametrize(
+    ("rows", "contents", "unjudged"),
+    [
+        ([], "nothing published", False),
+        ([WITHOUT], "nothing published", False),
+        ([CLAIM], "nothing published", False),  # a setting: it has no `agrees`
+        ([CLAIM | {"agrees": None}, WITHOUT], "not judged", True),
+        ([CLAIM | {"agrees": None}, CLAIM | {"agrees": True}], "1 of 1", True),
+        ([CLAIM | {"agrees": False}, CLAIM, WITHOUT], "0 of 1", False),
+    ],
+)
+def test_what_is_not_judged_is_told_from_what_is_not_published(
+    make, tmp_path, rows, contents, unjudged
+):
+    _, summary = make(rates=(0.1,), seeds=2)
+    summary |= {"experiment": "circles", "question": "Right?", "published": rows}
+    config = {"command": "python", "flags": {"seeds": 2}, "devices": ["gpu"]}
+    text = page([Finished(summary, config, {}, tmp_path)], tmp_path, "")
+    head, _, row = text[text.index("| experiment") :].splitlines()[:3]
+    assert head == (
+        "| experiment | published claims that agree, of those judged | seeds | machine |"
+    )
+    assert row.endswith(f"(#circles-digits-mlp-right) | {contents} | 2 | gpu |")
+    assert text.count("\nNot judged: ") == unjudged
 
 
 def test_what_the_page_has_of_others_stays(finished):

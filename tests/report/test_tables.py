@@ -1,11 +1,12 @@
 """The table and the sentences."""
 
+import html
 import io
 
 import pytest
 from rich.console import Console
 
-from bn_jax.report import print_summary, speedup_lines, summary_rows
+from bn_jax.report import html_page, print_summary, speedup_lines, summary_rows
 from bn_jax.report.tables import same_rate_rows
 from bn_jax.report.text import bracketed, number, padded, percent, whole
 
@@ -205,6 +206,38 @@ def test_lines_of_four_arms(make):
     assert len(lines) == 6
     assert all(line.startswith("Each arm at its own best") for line in lines[:3])
     assert all(line.startswith("All arms at learning rate 0.1: ") for line in lines[3:])
+
+
+def at_rate(name, rate, rates):
+    """An arm at its best rate, and its points."""
+    return arm(name, learning_rate=rate), [arm(name, learning_rate=r) for r in rates]
+
+
+@pytest.mark.parametrize(
+    ("none", "bn", "lines"),
+    [
+        ((1.0, (0.1, 1.0, 3.0)), (3.0, (0.1, 1.0, 3.0)),
+         ["bn's best learning rate, 3, is the largest that was tried."]),
+        ((0.1, (0.1, 1.0)), (10.0, (1.0, 10.0)),
+         ["none's best learning rate, 0.1, is the smallest that was tried; "
+          "bn's, 10, the largest."]),
+        ((1.0, (0.1, 1.0, 3.0)), (0.3, (0.3,)), []),  # one rate is no grid
+    ],
+)  # fmt: skip
+def test_a_best_rate_at_an_end_of_the_grid_is_told(none, bn, lines):
+    bests, points = zip(at_rate("none", *none), at_rate("bn", *bn), strict=True)
+    pair = {"arm": "bn", "over": "none", "steps": {"ratio": 2.0, "ci95": [1.5, 3.0]}}
+    same = {"learning_rate": 1.0, "arms": list(bests), "speedup": [pair]}
+    summary = summary_of(
+        *bests, speedup=[pair], by_point=[*points[0], *points[1]], at_same_learning_rate=same
+    )
+    first, *ends, last = speedup_lines(summary)
+    assert first.startswith("Each arm at its own best learning rate: bn reaches")
+    assert ends == lines
+    assert last.startswith("All arms at learning rate 1: bn reaches")
+    page = html_page(summary, {}, [], "Which?")
+    for line in lines:
+        assert page.count(html.escape(line)) == 1
 
 
 def test_one_arm_leaves_nothing_to_compare(make):
