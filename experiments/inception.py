@@ -202,11 +202,24 @@ def extra(training: compare.Training) -> compare.Extra:
     from experiments import ensemble
 
     config, dataset, figures = training.config, training.dataset, ()
-    found = [*rows(training.summary, 1 / dataset.num_classes), parameter_row()]
+    size = "x".join(map(str, dataset.train.inputs.shape[1:3]))
+    found = [*rows(training.summary, 1 / dataset.num_classes)]
+    found += [network_row(config, size), parameter_row()]
     if config.ensemble:
         more, figure = ensemble.show(config, members(config), dataset)
         found, figures = found + more, (figure,)
     return compare.Extra({"published": found}, figures)
+
+
+def network_row(config: Config, size: str) -> dict:
+    """What was trained, on images of which size, beside the paper's: a setting, no claim."""
+    from bn_jax.models.inception import BLOCKS
+
+    return {
+        "quantity": "network: share of the channels, blocks, stem, images",
+        "here": f"{config.width:g}, {len(config.blocks)}, {config.stem}, {size}",
+        "source": f"1, {len(BLOCKS)}, imagenet, 224x224",
+    }
 
 
 def parameter_row() -> dict:

@@ -159,7 +159,9 @@ def test_what_it_leaves(finished):
 
 def test_the_rows_of_a_run(finished):
     summary, _, _ = finished
-    row, parameters, one, all_ = summary["published"]
+    row, network, parameters, one, all_ = summary["published"]
+    assert network["source"] == "1, 10, imagenet, 224x224"
+    assert network["here"].endswith("small, 8x8")
     assert row["source"] == "31.0M, 72.2"
     assert parameters["source"] == "13.6M"
     assert (one["source"], all_["source"]) == ("21.99, 5.82", "20.1, 4.9")

@@ -110,7 +110,23 @@ def adam(p, grads, rate):
     return p - rate * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
 
 
-@pytest.mark.parametrize("rule", [sgd, sgd_momentum, adam])
+def sgd_nesterov(p, grads, rate):
+    """Sutskever et al. 2013: the sum as it will be after one step more of this gradient."""
+    m = 0
+    for g in grads:
+        m = 0.9 * m + g
+    return p - rate * (0.9 * m + grads[-1])
+
+
+def rmsprop(p, grads, rate):
+    """Keras' defaults, which the tutorials use: decay .9, epsilon 1e-7 beside the root."""
+    v = 0
+    for g in grads:
+        v = 0.9 * v + 0.1 * g**2
+    return p - rate * grads[-1] / (np.sqrt(v) + 1e-7)
+
+
+@pytest.mark.parametrize("rule", [sgd, sgd_momentum, sgd_nesterov, rmsprop, adam])
 def test_steps_are_those_of_the_gradient_written_out(rule):
     model, tx = Linear(3), optimizer(rule.__name__, 0.3)
     x, y = jnp.array(INPUTS), jnp.array(LABELS)
