@@ -18,9 +18,9 @@ def finite(value: float | None) -> float | None:
 
 
 def number(value: float) -> str:
-    """Three significant digits; whole with thousands separators from 1,000 up."""
+    """Three significant digits; whole with thousands separators from 1,000 to 10 millions."""
     rounded = f"{value:.3g}"
-    if abs(float(rounded)) >= 1000:
+    if 1000 <= abs(float(rounded)) < 1e7:
         return f"{value:,.0f}"
     mantissa, e, exponent = rounded.partition("e")
     return f"{mantissa}e{int(exponent)}" if e else mantissa

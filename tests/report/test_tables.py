@@ -59,7 +59,8 @@ def compared(steps, seconds=None, *, base=None, arms=None):
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0.1, "0.1"), (1e-5, "1e-5"), (0.30000001, "0.3"), (2.04, "2.04"), (12.345, "12.3"),
-     (999.6, "1,000"), (12345.6, "12,346"), (0.0, "0"), (100, "100")],
+     (999.6, "1,000"), (12345.6, "12,346"), (0.0, "0"), (100, "100"),
+     (9_780_135, "9,780,135"), (10_355_565_846, "1.04e10"), (-2e8, "-2e8")],
 )  # fmt: skip
 def test_numbers_have_three_significant_digits(value, text):
     assert number(value) == text
