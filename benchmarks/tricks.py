@@ -19,6 +19,9 @@ Tried, and not kept, as they did not pay (XLA on CPU):
 - The mask of ReLU as sign(max(y, 0)), which YNN, unlike a comparison, takes into its sums: the
   backward pass took twice as long as with the masked dy stored once.
 - Compiling an engine's programs side by side in threads: a second of a sweep of thirty.
+- Host devices, one for each core, in place of the threads of `--parallel=cores`: programs took
+  longer to compile, and the steps of circles hardly less.
+- Cores with runs of their own for circles: XLA's threads find enough in its sums.
 """
 
 from __future__ import annotations

@@ -39,10 +39,12 @@ class Single:
     Attributes:
       block: into how many parts the points and the seeds are divided.
       parts: into how many the examples of a batch are.
+      sharers: parts of the block that share the memory of one device.
     """
 
     block = (1, 1)
     parts = 1
+    sharers = 1
 
     def program(
         self, f: Callable, kinds: Sequence[str], donate: Sequence[int] = (), out: str = "run"
@@ -66,6 +68,13 @@ class Single:
         return jax.tree.map(lambda v: v[i, j], state)
 
 
+def _block(n, points, seeds):
+    """n as parts of the points and of the seeds, so that none has more runs than it must."""
+    shapes = [(n // b, b) for b in range(n, 0, -1) if n % b == 0]
+    # Of equals the one with most parts of the seeds: a device shuffles once for a seed.
+    return min(shapes, key=lambda s: -(-points // s[0]) * -(-seeds // s[1]))
+
+
 class Cores(Single):
     """A CPU's cores with runs of their own: a rectangle of the grid for each, in a thread.
 
@@ -77,8 +86,9 @@ class Cores(Single):
 
     def __init__(self, points: int, seeds: int):
         self.block = _block(min(cores(), points * seeds), points, seeds)
+        self.sharers = math.prod(self.block)
         # As many again for the order of the data, which is computed beside the steps.
-        self._pool = ThreadPoolExecutor(2 * math.prod(self.block))
+        self._pool = ThreadPoolExecutor(2 * self.sharers)
 
     def program(self, f, kinds, donate=(), out="run"):
         # What is of a seed is the same for all points.
@@ -145,8 +155,10 @@ class _InThreads:
 
 
 def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux alone has it
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 SPECS = {
@@ -177,13 +189,6 @@ class Grid(Single):
         everywhere = NamedSharding(self._mesh, P())
         pick = jax.jit(lambda s: jax.tree.map(lambda v: v[i, j], s), out_shardings=everywhere)
         return jax.tree.map(lambda v: v.addressable_data(0), pick(state))
-
-
-def _block(n, points, seeds):
-    """n as parts of the points and of the seeds, so that none has more runs than it must."""
-    shapes = [(n // b, b) for b in range(n, 0, -1) if n % b == 0]
-    # Of equals the one with most parts of the seeds: a device shuffles once for a seed.
-    return min(shapes, key=lambda s: -(-points // s[0]) * -(-seeds // s[1]))
 
 
 class Batch(Single):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ import numpy as np
 
 from bn_jax.measure.engines import InTurn, Together, engine_class
 from bn_jax.measure.grid import Budget, Chunk, Point, chunks
-from bn_jax.measure.layouts import Cores, layout
+from bn_jax.measure.layouts import layout
 from bn_jax.measure.programs import traced
 from bn_jax.training.run import Run, RunState
 
@@ -112,9 +111,7 @@ def sweep(
     devices = layout(parallel, len(points), len(seeds))
     one = traced(run, dataset)
     make = engine_class(one, devices)
-    limit = max_runs_at_once or max(1, MEMORY // one.bytes)
-    if isinstance(devices, Cores):
-        limit = max(1, limit // math.prod(devices.block))
+    limit = (max_runs_at_once or MEMORY // one.bytes) // devices.sharers or 1
     rectangles = enumerate(chunks(points, seeds, make.limit or limit, devices.block))
     engine, compilation = None, 0.0
     for number, chunk in itertools.islice(rectangles, first, None):

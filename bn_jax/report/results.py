@@ -82,20 +82,20 @@ def page(
     }
     places = {name: i for i, name in enumerate(order)}
     ordered = sorted(found, key=lambda s: places.get(s.partition(" (")[0], len(places)))
-    rows, texts = zip(*(found[subject] for subject in ordered), strict=True)
+    rows, texts = zip(*(found[about] for about in ordered), strict=True)
     contents = table(["experiment", AGREEING, "seeds", "machine"], rows)
     return "\n".join([INTRODUCTION, contents, *texts])
 
 
-def _sections(page):
+def _sections(before):
     """By subject the row of the contents and the section, with its heading."""
-    lines = [line for line in page.splitlines() if line.startswith("| [")]
+    lines = [line for line in before.splitlines() if line.startswith("| [")]
     rows = {line[3:].partition("](")[0]: line[2:-2].split(" | ") for line in lines}
     found = {}
-    for title, text in sections(page).items():
-        subject = title.partition(": ")[0]
-        if subject in rows:
-            found[subject] = rows[subject], f"## {title}\n{text.rstrip()}\n"
+    for title, text in sections(before).items():
+        about = title.partition(": ")[0]
+        if about in rows:
+            found[about] = rows[about], f"## {title}\n{text.rstrip()}\n"
     return found
 
 
