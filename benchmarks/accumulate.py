@@ -28,13 +28,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import interleave, keep_memory, median_ratio
 from bn_jax.errors import UserError
 from bn_jax.linen import BatchNorm
+from bn_jax.measure.timing import interleave, median_ratio
 from bn_jax.models import CNN, MLP
 from bn_jax.report.text import number, padded
 from bn_jax.surgery.accumulate import accumulate, accumulate_exactly
 from bn_jax.training.metrics import cross_entropy
+from bn_jax.training.xla import keep_memory
 from experiments import flags
 from experiments.flags import flag
 

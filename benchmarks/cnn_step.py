@@ -20,9 +20,9 @@ from benchmarks.matrices import share
 from benchmarks.payload import describe
 from benchmarks.peers.process import SIDES, check_sides, programs, sides
 from benchmarks.peers.task import Task
-from benchmarks.timing import interleave, median_ratio
 from benchmarks.where import describe_machine
 from bn_jax.linen import BatchNorm
+from bn_jax.measure.timing import interleave, median_ratio
 from bn_jax.models import CifarA
 from bn_jax.report.markdown import table
 from bn_jax.report.text import padded, whole

@@ -18,9 +18,9 @@ import jax
 import numpy as np
 import optax
 
-from benchmarks.timing import interleave
 from bn_jax.data import Split
 from bn_jax.linen import BatchNorm, GhostBatchNorm
+from bn_jax.measure.timing import interleave
 from bn_jax.models import CNN
 from bn_jax.training.parallel import batch_mesh, divide, over_devices, replicate
 from bn_jax.training.run import Run, Swept

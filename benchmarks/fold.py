@@ -16,12 +16,13 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import interleave, keep_memory, median_ratio
 from bn_jax.errors import UserError
 from bn_jax.linen import BatchNorm
+from bn_jax.measure.timing import interleave, median_ratio
 from bn_jax.models import CNN, MLP
 from bn_jax.report.text import padded
 from bn_jax.surgery import fold
+from bn_jax.training.xla import keep_memory
 from experiments import flags
 from experiments.flags import flag
 

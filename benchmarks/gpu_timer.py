@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.timing import interleave
+from bn_jax.measure.timing import interleave
 
 SKIPPED = "skipped"
 

@@ -23,9 +23,9 @@ from PIL import Image
 
 from benchmarks.peers import ours
 from benchmarks.peers.task import Task
-from benchmarks.timing import interleave
 from bn_jax.data import augmentation, images, load
 from bn_jax.errors import UserError
+from bn_jax.measure.timing import interleave
 from bn_jax.training.xla import set_flags
 from experiments import flags
 from experiments.flags import flag

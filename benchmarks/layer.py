@@ -25,11 +25,12 @@ import jax
 
 from benchmarks import contestants
 from benchmarks.contestants import BOTH, BOTH_WITH_RELU, TASKS
-from benchmarks.timing import interleave, keep_memory, median_ratio
 from benchmarks.where import describe_machine
 from bn_jax.errors import UserError
+from bn_jax.measure.timing import interleave, median_ratio
 from bn_jax.report import markdown
 from bn_jax.report.text import padded
+from bn_jax.training.xla import keep_memory
 from experiments import flags
 from experiments.flags import flag
 

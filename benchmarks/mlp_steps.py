@@ -21,9 +21,9 @@ from benchmarks.payload import describe
 from benchmarks.peers import ours
 from benchmarks.peers.process import SIDES, Process, check_sides, programs, sides
 from benchmarks.peers.task import Task
-from benchmarks.timing import interleave, median_ratio
 from benchmarks.where import describe_machine
 from bn_jax.linen import BatchNorm
+from bn_jax.measure.timing import interleave, median_ratio
 from bn_jax.models import MLP
 from bn_jax.report.markdown import table
 from bn_jax.report.text import padded
@@ -59,7 +59,7 @@ def run(config: Config) -> dict[str, list[float]]:
     cores = f"{together} on cores"
     processes = sides(config.sides, task)
     processes[together] = Process(ours.prepare, task, config.runs)
-    processes[cores] = Process(ours.prepare, task, config.runs, True, "cores")
+    processes[cores] = Process(ours.prepare, task, config.runs, ours.START, "cores")
     seconds = interleave(programs(processes, "epoch"), config.rounds)
     for process in processes.values():
         process.close()

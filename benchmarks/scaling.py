@@ -22,9 +22,9 @@ import numpy as np
 
 from benchmarks.peers import ours
 from benchmarks.peers.task import Task
-from benchmarks.timing import interleave
 from benchmarks.where import describe_machine
 from bn_jax.errors import UserError
+from bn_jax.measure.timing import interleave
 from bn_jax.report.markdown import table
 from bn_jax.report.plotting import new_figure, tidy
 from bn_jax.report.text import padded, whole

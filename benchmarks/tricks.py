@@ -42,15 +42,16 @@ from flax import linen as nn
 from benchmarks.peers import ours
 from benchmarks.peers.process import Process
 from benchmarks.peers.task import Task
-from benchmarks.timing import interleave, keep_memory, median_ratio
 from benchmarks.where import describe_machine
 from bn_jax import batch_norm, moments, normalize
 from bn_jax.data.batches import permutation
 from bn_jax.measure import Budget, Point, engines
-from bn_jax.models import dense
+from bn_jax.measure.timing import interleave, median_ratio
+from bn_jax.models import cifar, dense
 from bn_jax.models.pooling import max_pool
 from bn_jax.report.markdown import table
 from bn_jax.report.text import padded
+from bn_jax.training.xla import keep_memory, set_flags
 from experiments import arms, circles, flags
 from experiments.flags import flag
 
@@ -198,13 +199,29 @@ def of_networks(config: Config) -> Iterator[Trick]:
     )  # fmt: skip
     n = config.batch
     task = Task("cifar_a", config.features, (32, 32, 3), n, n, augment=False)
-    on, off = (Process(ours.prepare, task, 1, flags) for flags in (True, False))
-    yield Trick(
-        "XLA's own convolutions", "those of YNN",
-        functools.partial(on.call, "step"), functools.partial(off.call, "step"),
-    )  # fmt: skip
-    on.close()
-    off.close()
+    ours_all, *others = sides = [
+        Process(ours.prepare, task, 1, start)
+        for start in (
+            ours.START,
+            (keep_memory,),
+            (*ours.START, _flax_convolutions),
+            (set_flags,),
+        )
+    ]
+    names = (
+        ("XLA's own convolutions", "those of YNN"),
+        ("swapping axes for kernel gradients apart", "together with what came before"),
+        ("large blocks of memory kept", "mapped anew"),
+    )
+    for name, other in zip(names, others, strict=True):
+        steps = (functools.partial(side.call, "step") for side in (ours_all, other))
+        yield Trick(*name, *steps)
+    for side in sides:
+        side.close()
+
+
+def _flax_convolutions():
+    mock.patch.object(cifar, "Conv", nn.Conv).start()
 
 
 if __name__ == "__main__":

@@ -111,8 +111,9 @@ def start_jax(config: Any) -> str:
     """JAX as experiments want it, in one process or several; `XLA_FLAGS` as they then are."""
     from bn_jax.data.cache import default_cache_dir
     from bn_jax.training import distributed
-    from bn_jax.training.xla import keep_compiled, set_flags
+    from bn_jax.training.xla import keep_compiled, keep_memory, set_flags
 
+    keep_memory()
     xla_flags = set_flags()
     distributed.initialize(config.coordinator, config.num_processes, config.process_id)
     keep_compiled(Path(config.cache_dir or default_cache_dir()).expanduser() / "compiled")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,15 +21,24 @@ from bn_jax.measure.layouts import layout
 from bn_jax.measure.programs import traced
 from bn_jax.models import MLP, CifarA
 from bn_jax.training.run import Run, RunState, Swept
-from bn_jax.training.xla import set_flags
+from bn_jax.training.xla import keep_memory, set_flags
+
+# What an experiment does before it computes.
+START = (keep_memory, set_flags)
 
 
 def prepare(
-    task: Task, runs: int = 1, flags: bool = True, parallel: str = "single"
+    task: Task,
+    runs: int = 1,
+    start: Sequence[Callable[[], Any]] = START,
+    parallel: str = "single",
 ) -> dict[str, Callable[[], Any]]:
-    """The programs, and `parameters`; an epoch trains so many runs, together where it pays."""
-    if flags:
-        set_flags()
+    """The programs, and `parameters`; an epoch trains so many runs, together where it pays.
+
+    `start` is called first.
+    """
+    for call in start:
+        call()
     state, step = stepper(task)
     _, epoch = trainer(task, runs, parallel=parallel)
     count = sum(v.size for v in jax.tree.leaves(state.train.params))
@@ -79,8 +88,8 @@ def training(task: Task) -> Run:
     }
     optimizers = {"mlp": optax.sgd, "cifar_a": optax.adam}
 
-    def model(swept):
-        norm = functools.partial(BatchNorm, momentum=swept.momentum)
+    def model(swept, **shared):
+        norm = functools.partial(BatchNorm, momentum=swept.momentum, **shared)
         return networks[task.network](task.features, CLASSES, norm=norm)
 
     def batches(key, first_step, steps):

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bn_jax.models.convolution import Conv
 from bn_jax.models.images import check_images
 from bn_jax.models.norms import ACTIVATIONS, Norm, normalized, with_fields
 from bn_jax.models.pooling import max_pool
@@ -133,7 +134,7 @@ class Airbench(nn.Module):
     def _outputs(self, x, train, mask):
         act, norm = ACTIVATIONS[self.activation], with_fields(self.norm, dtype=self.dtype)
         conv = functools.partial(
-            nn.Conv, kernel_size=(3, 3), use_bias=norm is None, dtype=self.dtype,
+            Conv, kernel_size=(3, 3), use_bias=norm is None, dtype=self.dtype,
             kernel_init=partial_identity,
         )  # fmt: skip
         x = act(Whitening(self.whitening, self.dtype)(x))

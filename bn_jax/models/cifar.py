@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 
+from bn_jax.models.convolution import Conv
 from bn_jax.models.images import check_images
 from bn_jax.models.norms import Norm, hidden_layer, normalized
 from bn_jax.models.pooling import max_pool
@@ -47,7 +48,7 @@ class _Cifar(nn.Module):
             x = normalized(self.norm, x, train, mask)
         for c in channels:
             for padding in ("SAME", second):
-                conv = functools.partial(nn.Conv, c, (3, 3), padding=padding)
+                conv = functools.partial(Conv, c, (3, 3), padding=padding)
                 x = hidden_layer(self.norm, self.places, conv, self.activation, x, train, mask)
             if min(x.shape[1:3]) < 2:
                 raise ValueError(f"images of {image} are too small for {len(channels)} blocks")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 
+from bn_jax.models.convolution import Conv
 from bn_jax.models.norms import Norm, hidden_layer, normalized
 from bn_jax.models.pooling import max_pool
 
@@ -53,7 +54,7 @@ class CNN(nn.Module):
             x = normalized(self.norm, x, train, mask)
         *channels, width = self.features
         for c in channels:
-            x = hidden(functools.partial(nn.Conv, c, (3, 3)), self.activation, x, train, mask)
+            x = hidden(functools.partial(Conv, c, (3, 3)), self.activation, x, train, mask)
             x = max_pool(x, 2, 2, "VALID")
         x = x.reshape(x.shape[0], -1)
         x = hidden(functools.partial(nn.Dense, width), self.activation, x, train, mask)

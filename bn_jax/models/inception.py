@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from bn_jax.errors import UserError
+from bn_jax.models.convolution import Conv
 from bn_jax.models.images import check_images
 from bn_jax.models.norms import Norm, hidden_layer, normalized, with_fields
 from bn_jax.models.pooling import avg_pool, max_pool
@@ -175,9 +176,7 @@ class Inception(nn.Module):
 def _convolution(module, train, mask, features, size, x, stride=1):
     """A convolution of `module`, scaled to its width, with its norm and activation."""
     channels = 4 * max(1, round(features * module.width / 4))
-    conv = functools.partial(
-        nn.Conv, channels, (size, size), strides=stride, dtype=module.dtype
-    )
+    conv = functools.partial(Conv, channels, (size, size), strides=stride, dtype=module.dtype)
     norm = with_fields(module.norm, dtype=module.dtype)
     return hidden_layer(norm, module.places, conv, module.activation, x, train, mask)
 
@@ -186,7 +185,7 @@ def _imagenet_stem(module, conv, x):
     # The first convolution is separable (figure 5): 8 filters of 7x7 for each channel of the
     # image, then 1x1. Local response normalisation as in GoogLeNet's figure 3.
     c = x.shape[-1]
-    x = nn.Conv(
+    x = Conv(
         8 * c, (7, 7), strides=2, feature_group_count=c, use_bias=False, dtype=module.dtype
     )(x)
     x = _across_channels(module, max_pool(conv(64, 1, x), 3, 2))

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bn_jax.models.convolution import Conv
 from bn_jax.models.images import check_images
 from bn_jax.models.norms import ACTIVATIONS, Norm, normalized, with_fields
 from bn_jax.models.pooling import max_pool
@@ -152,7 +153,7 @@ class ResNet50(ResNet):
 
 def _convolution(module, train, mask, features, size, x, stride=1, scale_init=None):
     """A convolution of `module` and its norm; without one, the convolution has a bias."""
-    x = nn.Conv(
+    x = Conv(
         features, (size, size), strides=stride, padding=size // 2, dtype=module.dtype,
         use_bias=module.norm is None, kernel_init=KERNEL_INIT,
     )(x)  # fmt: skip

@@ -16,10 +16,10 @@ import pytest
 
 from benchmarks import contestants, gpu, gpu_layers, gpu_networks, gpu_timer
 from benchmarks.gpu_timer import SKIPPED, Timer
-from benchmarks.timing import WARMUP
 from bn_jax.data import Split
 from bn_jax.data.dataset import Dataset
 from bn_jax.errors import UserError
+from bn_jax.measure.timing import WARMUP
 from bn_jax.models import ResNet
 
 TINY = functools.partial(ResNet, 10, width=1 / 16, stem="small", blocks=())

@@ -6,7 +6,7 @@ import jax
 
 from benchmarks import gpu_timer
 from benchmarks.gpu_timer import Timer
-from benchmarks.timing import WARMUP
+from bn_jax.measure.timing import WARMUP
 
 RESOURCES = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes."
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import contestants, layer, timing
+from benchmarks import contestants, layer
 from benchmarks.contestants import BOTH, FORWARD, TASKS
 from bn_jax.errors import UserError
+from bn_jax.measure import timing
 
 JAX_LAYERS = ("bn_jax", "flax fast", "flax stable")
 
