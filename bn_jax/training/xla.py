@@ -15,7 +15,8 @@ CONVOLUTION_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 CONVOLUTION_VALUE = "-individual_convolution"
 FIRST, PAST_LAST = (0, 10, 2), (0, 13)
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+DISPATCH = "jax_cpu_enable_async_dispatch"
 
 # All of that library, one program at a time, by the name that a compiler option has for it.
 LIBRARY_OPTION = CONVOLUTION_FLAG.removeprefix("--")
@@ -52,20 +53,26 @@ def _known():
 
 
 def keep_memory() -> bool:
-    """Makes glibc keep large blocks for the next call; False where that cannot be had.
+    """Lets XLA on CPU take the large blocks of a call from those of the call before.
 
-    By default it maps blocks above 32 MiB anew at each call, and every page is faulted in: a
-    twelfth of a training step of CIFAR-10's network A, twice the time of a BatchNorm by itself.
-    XLA's threads would do so whatever the threshold, as their heaps hold 64 MiB: all use the
-    main one. Up to 2 GiB that are free stay with the process. To be called first; the user's
-    own settings stay (`MALLOC_*`, or `GLIBC_TUNABLES` that name malloc).
+    By default glibc maps blocks above 32 MiB anew for each call and the kernel clears them page
+    by page: a fifth of a training step of CIFAR-10's network A, most of the time of a BatchNorm
+    by itself. Told to keep them it does so in the main thread alone, so that is where XLA has
+    to run (`jax_cpu_enable_async_dispatch`). Up to 2 GiB that are free stay with the process.
+
+    To be called before the first JAX computation. Returns whether blocks are kept: not where
+    there is no glibc, nor where the user has chosen (`MALLOC_*`, `GLIBC_TUNABLES` that name
+    malloc, `JAX_CPU_ENABLE_ASYNC_DISPATCH`).
     """
     chosen = "malloc" in os.environ.get("GLIBC_TUNABLES", "")
-    chosen |= any(name.startswith("MALLOC_") for name in os.environ)
+    chosen |= any(name.startswith(("MALLOC_", DISPATCH.upper())) for name in os.environ)
     if platform.libc_ver()[0] != "glibc" or chosen:
         return False
+    import jax
+
+    jax.config.update(DISPATCH, False)
     mallopt = ctypes.CDLL(None).mallopt
-    settings = {M_MMAP_THRESHOLD: 1 << 30, M_TRIM_THRESHOLD: 2**31 - 1, M_ARENA_MAX: 1}
+    settings = {M_MMAP_THRESHOLD: 1 << 30, M_TRIM_THRESHOLD: 2**31 - 1}
     return all(mallopt(*setting) for setting in settings.items())
 
 

@@ -108,14 +108,18 @@ def test_the_library_is_left_out_unless_the_user_has_chosen(monkeypatch):
 
 FAULTS = """
 import resource
+import jax
+import jax.numpy as jnp
 from bn_jax.training.xla import keep_memory
 kept = keep_memory()
+square = jax.jit(lambda x: x * x)
+x = jnp.ones(1 << 25)  # 128 MiB
 def faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-b"x" * (1 << 27)
-before = faults()
-b"x" * (1 << 27)
-print(kept, faults() - before)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    jax.block_until_ready(square(x))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+# The least: now and then something small lies in the way.
+print(kept, min(faults() for _ in range(8)))
 """
 
 
@@ -126,13 +130,15 @@ print(kept, faults() - before)
         ({"GLIBC_TUNABLES": "glibc.rtld.nns=4"}, True),
         ({"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=65536"}, False),
         ({"MALLOC_MMAP_THRESHOLD_": "65536"}, False),
+        ({"JAX_CPU_ENABLE_ASYNC_DISPATCH": "true"}, False),
     ],
 )
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
 def test_memory_is_kept_unless_the_user_has_chosen(chosen, keeps):
-    plain = {k: v for k, v in os.environ.items() if "MALLOC" not in k and "GLIBC" not in k}
+    names = ("MALLOC_", "GLIBC_", "JAX_CPU_ENABLE")
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(names)}
     command = [sys.executable, "-c", FAULTS]
     ended = subprocess.run(command, env=plain | chosen, capture_output=True, text=True)
     kept, faults = ended.stdout.split()
     assert kept == str(keeps)
-    assert (int(faults) < 100) == keeps  # or 32,768, of 4 KiB
+    assert (int(faults) < 1000) == keeps  # or 32,768, of 4 KiB
