@@ -28,6 +28,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.memory import one_heap
 from bn_jax.errors import UserError
 from bn_jax.linen import BatchNorm
 from bn_jax.measure.timing import interleave, median_ratio
@@ -35,7 +36,6 @@ from bn_jax.models import CNN, MLP
 from bn_jax.report.text import number, padded
 from bn_jax.surgery.accumulate import accumulate, accumulate_exactly
 from bn_jax.training.metrics import cross_entropy
-from bn_jax.training.xla import keep_memory
 from experiments import flags
 from experiments.flags import flag
 
@@ -85,7 +85,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     """Prints a table for each model; its rows come back."""
     console = Console(highlight=False)
     if not config.page_faults:
-        keep_memory()
+        one_heap()
     console.print(
         f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores"
     )

@@ -16,13 +16,13 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.memory import one_heap
 from bn_jax.errors import UserError
 from bn_jax.linen import BatchNorm
 from bn_jax.measure.timing import interleave, median_ratio
 from bn_jax.models import CNN, MLP
 from bn_jax.report.text import padded
 from bn_jax.surgery import fold
-from bn_jax.training.xla import keep_memory
 from experiments import flags
 from experiments.flags import flag
 
@@ -48,7 +48,7 @@ class Config:
 
 def run(config: Config) -> list[dict[str, Any]]:
     """Prints the table; its rows come back, with seconds and ratios."""
-    keep_memory()
+    one_heap()
     rows = [
         row
         for name in MODELS

@@ -25,12 +25,12 @@ import jax
 
 from benchmarks import contestants
 from benchmarks.contestants import BOTH, BOTH_WITH_RELU, TASKS
+from benchmarks.memory import one_heap
 from benchmarks.where import describe_machine
 from bn_jax.errors import UserError
 from bn_jax.measure.timing import interleave, median_ratio
 from bn_jax.report import markdown
 from bn_jax.report.text import padded
-from bn_jax.training.xla import keep_memory
 from experiments import flags
 from experiments.flags import flag
 
@@ -75,7 +75,7 @@ def run(config: Config) -> dict[str, Any]:
     Its `rows` have `shape`, `dtype`, `array_bytes`, `task`, `contestant`, the medians
     `seconds`, `to_flax` and `to_floor`, and `allocated` and `kept` in bytes, or None.
     """
-    keeps = not config.page_faults and keep_memory()
+    keeps = not config.page_faults and one_heap()
     memory = KEPT if keeps else "as the allocator has it: page faults may be timed"
     settings = {"machine": describe_machine("flax", "torch"), "memory": memory}
     for name, value in settings.items():
