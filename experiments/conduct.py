@@ -79,7 +79,7 @@ def conduct(
       build: from the flags, an arm and the dataset to its `bn_jax.training.run.Run`.
     """
     start = time.perf_counter()
-    xla_flags = start_jax(config)
+    started = start_jax(config)
     import jax
 
     dataset = load(config)
@@ -91,7 +91,7 @@ def conduct(
             return finished
         devices = [f"{d.platform}: {d.device_kind}" for d in jax.devices()]
         settings = workdir.write_config(
-            folder, config, experiment, devices, xla_flags=xla_flags, command=command
+            folder, config, experiment, devices, **started, command=command
         )
         if config.summary:
             print_layers(runs, dataset)
@@ -107,17 +107,16 @@ def conduct(
         return summary
 
 
-def start_jax(config: Any) -> str:
-    """JAX as experiments want it, in one process or several; `XLA_FLAGS` as they then are."""
+def start_jax(config: Any) -> dict[str, Any]:
+    """JAX as experiments want it, in one process or several; what of it `config.json` says."""
     from bn_jax.data.cache import default_cache_dir
     from bn_jax.training import distributed
     from bn_jax.training.xla import keep_compiled, keep_memory, set_flags
 
-    keep_memory()
-    xla_flags = set_flags()
+    started = {"xla_flags": set_flags(), "memory_kept": keep_memory()}
     distributed.initialize(config.coordinator, config.num_processes, config.process_id)
     keep_compiled(Path(config.cache_dir or default_cache_dir()).expanduser() / "compiled")
-    return xla_flags
+    return started
 
 
 def write_tables(_: Any, summary: dict, settings: dict, folder: Path, figures: Any) -> None:

@@ -30,7 +30,7 @@ EXPERIMENT = "imagenet"
 def run(config: Config) -> dict[str, Any]:
     """Trains the arms, fills the workdir, prints the table; the summary comes back."""
     start = time.perf_counter()
-    xla_flags = start_jax(config)
+    started = start_jax(config)
     import jax
 
     from bn_jax import measure, report
@@ -46,7 +46,7 @@ def run(config: Config) -> dict[str, Any]:
         devices = [f"{d.platform}: {d.device_kind}" for d in jax.devices()]
         settings = workdir.write_config(
             folder, config, EXPERIMENT, devices,
-            xla_flags=xla_flags, command=command, workers=workers(config),
+            **started, command=command, workers=workers(config),
         )  # fmt: skip
         records = train(config, sets, networks, folder, shared)
         question = (

@@ -64,7 +64,7 @@ def test_the_config(finished):
     assert config["devices"] == ["cpu: cpu"]
     for package in ("python", "jax", "jaxlib", "flax", "optax", "numpy"):
         assert re.match(r"\d+\.\d+", config["versions"][package])
-    assert set(config) >= {"machine", "git_commit", "xla_flags", "seconds"}
+    assert set(config) >= {"machine", "git_commit", "xla_flags", "memory_kept", "seconds"}
     assert config["seconds"]["total"] > config["seconds"]["compilation"] > 0
 
 
