@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import platform
-
-from bn_jax.training.xla import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+from bn_jax.training.xla import KEEP_BLOCKS, tell_malloc
 
 M_ARENA_MAX = -8  # malloc.h
 
@@ -18,8 +15,4 @@ def one_heap() -> bool:
     threads of its own, as by default; all share one heap, which slows small programs down and
     layers of megabytes not. To be called first.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    settings = {M_MMAP_THRESHOLD: 1 << 30, M_TRIM_THRESHOLD: 2**31 - 1, M_ARENA_MAX: 1}
-    return all(mallopt(*setting) for setting in settings.items())
+    return tell_malloc({M_ARENA_MAX: 1} | KEEP_BLOCKS)

@@ -15,11 +15,12 @@ CONVOLUTION_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 CONVOLUTION_VALUE = "-individual_convolution"
 FIRST, PAST_LAST = (0, 10, 2), (0, 13)
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-DISPATCH = "jax_cpu_enable_async_dispatch"
-
 # All of that library, one program at a time, by the name that a compiler option has for it.
 LIBRARY_OPTION = CONVOLUTION_FLAG.removeprefix("--")
+
+# Of malloc.h: M_TRIM_THRESHOLD and M_MMAP_THRESHOLD.
+KEEP_BLOCKS = {-1: 2**31 - 1, -3: 1 << 30}
+DISPATCH = "jax_cpu_enable_async_dispatch"
 
 
 def set_flags() -> str:
@@ -66,13 +67,19 @@ def keep_memory() -> bool:
     """
     chosen = "malloc" in os.environ.get("GLIBC_TUNABLES", "")
     chosen |= any(name.startswith(("MALLOC_", DISPATCH.upper())) for name in os.environ)
-    if platform.libc_ver()[0] != "glibc" or chosen:
-        return False
-    import jax
+    kept = not chosen and tell_malloc(KEEP_BLOCKS)
+    if kept:
+        import jax
 
-    jax.config.update(DISPATCH, False)
+        jax.config.update(DISPATCH, False)
+    return kept
+
+
+def tell_malloc(settings: dict[int, int]) -> bool:
+    """Whether glibc takes these, by their numbers in malloc.h; False where there is none."""
+    if platform.libc_ver()[0] != "glibc":
+        return False
     mallopt = ctypes.CDLL(None).mallopt
-    settings = {M_MMAP_THRESHOLD: 1 << 30, M_TRIM_THRESHOLD: 2**31 - 1}
     return all(mallopt(*setting) for setting in settings.items())
 
 
