@@ -3,8 +3,8 @@
 Three layers of 100 sigmoids with BatchNorm before each, batches of 60 images of 28 x 28 bytes,
 plain SGD (Ioffe & Szegedy 2015, section 4.1: 50,000 steps). A side trains on all images once in
 every round, shuffled, in a process of its own; ratios are the medians of those within a round.
-`bn_jax x 5` trains five seeds in one program, `on cores` on every core some of them
-(`--parallel=cores`).
+`bn_jax x 5` trains five seeds in one program (`--parallel=single`), `on cores` one on each core
+at a time (`--parallel=cores`, which is what `auto` chooses for this network).
 
 Below, the FLOP of a step (XLA's count of its program before optimisation) over its time, as a
 share of what one large matrix product reaches here: what one run leaves is all that others

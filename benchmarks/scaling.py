@@ -1,12 +1,12 @@
 """How time and memory of training grow: with the batch, the width, the runs, the BatchNorms.
 
 The paper's network (dense layers of sigmoids with BatchNorm before each, SGD; inputs of 100
-numbers) in the program that sweeps train with. One size grows from its base by factors of two,
-the others stay at theirs; as the base has one hidden layer, its parameters grow as its width.
-Time is that of a step of all runs, the median of rounds in which every size has its turn;
-memory is what the compiled program holds: arguments, results (but for those that take an
-argument's place) and temporaries. `growth` is the exponent that the last doubling shows: 1 is
-linear, 0 constant.
+numbers) as sweeps train it: on a CPU one run on each core at a time, else all in one program.
+One size grows from its base by factors of two, the others stay at theirs; as the base has one
+hidden layer, its parameters grow as its width. Time is that of a step of all runs, the median
+of rounds in which every size has its turn; memory is what the compiled programs hold:
+arguments, results (but for those that take an argument's place) and temporaries. `growth` is
+the exponent that the last doubling shows: 1 is linear, 0 constant.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Config:
     """See `python -m benchmarks.scaling --help`."""
 
     doublings: int = flag(6, "how often each size is doubled")
-    steps: int = flag(20, "that are timed at once")
+    steps: int = flag(40, "that are timed at once")
     rounds: int = flag(7, "how often everything is timed")
     figure: str | None = flag(None, "PNG to write; by default there is none")
 
@@ -100,7 +100,7 @@ def trainer(size: Size, steps: int) -> tuple[Callable[[], Any], int]:
     """A call that trains all runs for so many steps, and the bytes of its program."""
     features, images = (size.width,) * size.layers, size.batch * steps
     task = Task("mlp", features, (1, INPUTS, 1), images, size.batch, augment=False)
-    engine, epoch = ours.trainer(task, size.runs)
+    engine, epoch = ours.trainer(task, size.runs, parallel="auto")
     return epoch, engine.training_memory()
 
 

@@ -27,7 +27,8 @@ Tried, and not kept, as they did not pay (XLA on CPU):
 - Convolutions of 1x1 as products: from 1.5 times faster to 2.3 times slower, by shape.
 - Kernel gradients over parts of the batch, or with x and dy in each other's place.
 - The loss by a one-hot mask in place of a gather: 3 to 6 % of a step of the MNIST network.
-- Cores with runs of their own for circles: XLA's threads find enough in its sums.
+- Cores with runs of their own for circles: the steps of an epoch are too few for the calls that
+  each run then needs for itself.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ class Config:
     shape: tuple[int, ...] = flag((256, 32, 32, 32), "of a layer's array, features last")
     runs: int = flag(100, "in a sweep of circles' network")
     epochs: int = flag(5, "of such a sweep that are timed")
+    seeds: int = flag(10, "of a network for digits, three layers of 100 sigmoids")
+    steps: int = flag(100, "of each of them that are timed")
     batch: int = flag(256, "of the step of network A")
     features: tuple[int, ...] = flag((32, 64, 128, 512, 128), "of network A")
     rounds: int = flag(9, "how often each is timed")
@@ -193,6 +196,11 @@ def of_sweeps(config: Config) -> Iterator[Trick]:
     yield Trick(
         f"{config.runs} runs in one program", "one after another",
         trained(config.runs), lambda: [alone() for _ in range(config.runs)],
+    )  # fmt: skip
+    small = Task("mlp", (100, 100, 100), (8, 8, 1), 60 * config.steps, 60, augment=False)
+    yield Trick(
+        f"{config.seeds} runs on cores of their own", "in one program",
+        *(ours.trainer(small, config.seeds, parallel=p)[1] for p in ("cores", "single")),
     )  # fmt: skip
 
 

@@ -134,7 +134,7 @@ class Config(Quick):
         "how several devices share the work: grid (runs of their own), pmap, jit or shard_map "
         "(a part of every batch), single (only one works), cores (those of a CPU, with runs of "
         "their own); auto: grid where there is a run for every device, else pmap, or in "
-        "several processes shard_map",
+        "several processes shard_map; on one CPU cores for small networks, else single",
     )
     coordinator: str | None = flag(
         None, "host:port of process 0, where several processes are one run: see docs/scaling.md"

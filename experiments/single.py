@@ -36,7 +36,7 @@ def train_one(
     devices = layout(parallel, 1, 1)
     (chunk,) = chunks([point], [seed], 1, devices.block)
     make = engine_class(traced(run, dataset), devices)
-    engine = make(run, dataset, budget, devices, chunk)
+    engine = devices.engine(make, run, dataset, budget, chunk)
     state = engine.init(chunk)
     see(0, engine.pick(state, 0, 0))
     for done in range(0, budget.steps, budget.eval_every):

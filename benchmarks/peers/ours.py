@@ -67,10 +67,11 @@ def epochs(
     parallel: str = "single",
 ) -> tuple[Any, Callable[[], None]]:  # fmt: skip
     """An engine, and a call that trains its runs for the steps of the budget."""
-    devices = layout(parallel, 1, runs)
+    one = traced(run, dataset)
+    devices = layout(parallel, 1, runs, one.small(budget.eval_every))
     (chunk,) = chunks([point], range(runs), runs, devices.block)
-    make = make or engine_class(traced(run, dataset), devices)
-    engine = make(run, dataset, budget, devices, chunk)
+    make = make or engine_class(one, devices)
+    engine = devices.engine(make, run, dataset, budget, chunk)
     state = [engine.init(chunk)]
 
     def train():

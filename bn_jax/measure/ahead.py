@@ -23,11 +23,19 @@ class Ahead:
       order: from a chunk and an int32 `[]` to what those steps train on.
       steps: between two first steps.
       end: where there is nothing more to begin.
+      beside: whether a core is left for it; without one any thread may ask, and has it done.
     """
 
-    def __init__(self, order: Callable[[Chunk, np.int32], Any], steps: int, end: int):
+    def __init__(
+        self,
+        order: Callable[[Chunk, np.int32], Any],
+        steps: int,
+        end: int,
+        beside: bool = True,
+    ):
         self._order, self._steps, self._end = order, steps, end
-        self._thread = ThreadPoolExecutor(1) if jax.default_backend() == "cpu" else None
+        alone = beside and jax.default_backend() == "cpu"
+        self._thread = ThreadPoolExecutor(1) if alone else None
         self._begun: _Begun | None = None
 
     def __call__(self, chunk: Chunk, first_step: int) -> Any:

@@ -9,7 +9,8 @@ vmapped one as a slow grouped convolution; and where all devices train one netwo
 `engine_class` chooses. Both compile when they are made. `init(chunk)` gives a state,
 `advance(state, chunk, first_step)` the state `eval_every` steps later, `evaluate(state,
 chunk)` a dict of `[points, seeds]` arrays, `pick(state, i, j)` the state of one run. States
-are donated: use each once.
+are donated: use each once. Where a budget has several laps, `lap(state, chunk, order, since)`
+is one of them, on `order(chunk, first_step)`.
 """
 
 from __future__ import annotations
@@ -59,11 +60,12 @@ class Together:
         def order(key, first_step):
             return run.batches(data_key(key), first_step, budget.eval_every)
 
-        def advance(state, key, swept, rows, split):
+        def advance(state, key, swept, order, since, split):
             def step(state, rows):
                 return run.step(state, swept, split, rows), None
 
-            return lax.scan(step, state._replace(sums=NO_SUMS), rows)[0]
+            rows = lax.dynamic_slice_in_dim(order, since, budget.lap)
+            return lax.scan(step, _summing_from_0(state, since), rows)[0]
 
         def count(state, key, swept, split, rows):
             sums = lax.map(lambda r: run.evaluate(state, swept, split, r), rows)
@@ -75,7 +77,7 @@ class Together:
         inputs, train, zero = _put(layout, example), self._dataset.train, np.int32(0)
         init = program(init, "all")
         order = layout.program(jax.vmap(order, (0, None)), ("seed", "all"), out="seed")
-        advance = program(advance, "seed", "all", donate=(0,))
+        advance = program(advance, "seed", "all", "all", donate=(0,))
         count = program(count, "all", "all")
         options = without_library() if jax.default_backend() == "cpu" else {}
         init, order = init.lower(None, *inputs, train), order.lower(inputs[0], zero)
@@ -83,9 +85,9 @@ class Together:
         self._init, order = init.compile(RUN_ONCE), order.compile(options | SORTS)
         self._order = Ahead(
             lambda chunk, step: order(layout.put(chunk.keys, "seed"), step),
-            budget.eval_every, budget.steps,
+            budget.eval_every, budget.steps, layout.beside,
         )  # fmt: skip
-        self._advance = advance.lower(state, *inputs, rows, train).compile(options)
+        self._advance = advance.lower(state, *inputs, rows, zero, train).compile(options)
         self._held_out = [
             (split, layout.put(_rows(split, budget, runs), "all"))
             for split in _held_out(self._dataset)
@@ -101,8 +103,16 @@ class Together:
 
     def advance(self, state: Any, chunk: Chunk, first_step: int) -> Any:
         """The state `eval_every` steps later."""
-        rows = self._order(chunk, first_step)
-        return self._advance(state, *_put(self._layout, chunk), rows, self._dataset.train)
+        return self.lap(state, chunk, self.order(chunk, first_step), 0)
+
+    def order(self, chunk: Chunk, first_step: int) -> jax.Array:
+        """The examples of the next `eval_every` steps, int32 `[seeds, steps, batch]`."""
+        return self._order(chunk, first_step)
+
+    def lap(self, state: Any, chunk: Chunk, order: jax.Array, since: int) -> Any:
+        """The state a lap later, of which the first step is number `since` of the order."""
+        inputs, train = _put(self._layout, chunk), self._dataset.train
+        return self._advance(state, *inputs, order, np.int32(since), train)
 
     def training_memory(self) -> int:
         """Bytes that `advance` holds on a device: arguments, results, temporaries."""
@@ -110,12 +120,16 @@ class Together:
         held = found.argument_size_in_bytes + found.temp_size_in_bytes
         return held + found.output_size_in_bytes - found.alias_size_in_bytes
 
+    def state_memory(self) -> int:
+        """Bytes of a state, which `advance` returns in the place of the one before."""
+        return self._advance.memory_analysis().alias_size_in_bytes
+
     def evaluate(self, state: Any, chunk: Chunk) -> dict[str, np.ndarray]:
         """Losses, accuracies and `diverged_at`, `[points, seeds]` each."""
         inputs = _put(self._layout, chunk)
         pairs = zip(self._count, self._held_out, strict=True)
         sums = [count(state, *inputs, *held_out) for count, held_out in pairs]
-        return _report(self._layout, state, sums, self._dataset, self._budget)
+        return _report(state, sums, self._dataset, self._budget)
 
     def pick(self, state: Any, i: int, j: int) -> RunState:
         """A copy of the state of the run of point i and seed j."""
@@ -137,11 +151,10 @@ class InTurn:
         def order(_, key, swept, first_step):
             return run.batches(data_key(key), first_step, budget.eval_every).T
 
-        def step(state, key, swept, split, i, order, axis_name=None):
-            sums = jax.tree.map(lambda v: jnp.where(i == 0, 0, v), state.sums)
-            rows = order.reshape(order.shape[-2:])[:, i]
+        def step(state, key, swept, split, since, order, axis_name=None):
+            rows = order.reshape(order.shape[-2:])[:, since]
             return run.step(
-                state._replace(sums=sums), swept, split, rows,
+                _summing_from_0(state, since), swept, split, rows,
                 filled=fills, axis_name=axis_name,
             )  # fmt: skip
 
@@ -176,9 +189,17 @@ class InTurn:
 
     def advance(self, state: Any, chunk: Chunk, first_step: int) -> Any:
         """The state `eval_every` steps later; the steps are queued, not waited for."""
+        return self.lap(state, chunk, self.order(chunk, first_step), 0)
+
+    def order(self, chunk: Chunk, first_step: int) -> jax.Array:
+        """The examples of the next `eval_every` steps, `[points, seeds, batch, steps]`."""
+        order = self._order(None, *_put(self._layout, chunk), np.int32(first_step))
+        return self._layout.put(order, "order")
+
+    def lap(self, state: Any, chunk: Chunk, order: jax.Array, since: int) -> Any:
+        """The state a lap later, of which the first step is number `since` of the order."""
         inputs, train = _put(self._layout, chunk), self._dataset.train
-        order = self._layout.put(self._order(None, *inputs, np.int32(first_step)), "order")
-        for i in range(self._budget.eval_every):
+        for i in range(since, since + self._budget.lap):
             state = self._step(state, *inputs, train, np.int32(i), order)
             self._layout.wait(state)
         return state
@@ -192,21 +213,25 @@ class InTurn:
                 parts.append(count(state, *inputs, split, rows))
                 self._layout.wait(parts)
             sums.append(jax.tree.map(lambda *v: sum(v), *parts))
-        return _report(self._layout, state, sums, self._dataset, self._budget)
+        return _report(state, sums, self._dataset, self._budget)
 
     def pick(self, state: Any, i: int, j: int) -> RunState:
         """A copy of the state of the run of point i and seed j."""
         return self._layout.own(state, i, j)
 
 
+def _summing_from_0(state, since):
+    """Before the step that comes `since` steps after an evaluation, where the sums begin."""
+    sums = jax.tree.map(lambda v, none: jnp.where(since == 0, none, v), state.sums, NO_SUMS)
+    return state._replace(sums=sums)
+
+
 def _put(layout, chunk):
     return layout.put(chunk.keys, "seed"), layout.put(chunk.swept, "point")
 
 
-def _report(layout, state, sums, dataset, budget):
-    train, diverged_at = layout.whole(lambda s: (s.sums, s.diverged_at), state)
-    held_out = (layout.whole(lambda s: s, of) for of in sums)
-    sums, diverged_at = everyone(((train, *held_out), diverged_at))
+def _report(state, sums, dataset, budget):
+    sums, diverged_at = everyone(((state.sums, *sums), state.diverged_at))
     counts = (budget.eval_every, *(split.labels.shape[0] for split in _held_out(dataset)))
     report = {"diverged_at": diverged_at}
     for name, of, count in zip(("train", "validation", "test"), sums, counts, strict=True):

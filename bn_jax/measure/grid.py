@@ -31,7 +31,8 @@ class Budget(NamedTuple):
 
     With `patience` a run stops early, after so many evaluations without a higher validation
     accuracy, and goes back to where that was highest. `eval_rows` is how many examples,
-    summed over the runs that are trained at once, an evaluation takes at a time.
+    summed over the runs that are trained at once, an evaluation takes at a time. There are
+    `laps` from one evaluation to the next.
     """
 
     steps: int
@@ -40,6 +41,12 @@ class Budget(NamedTuple):
     # 500 runs of the circles network: 184 us a run with 1,000 examples each, 34 with 32,
     # when the activations stay in the processor's cache.
     eval_rows: int = 16_384
+    laps: int = 1
+
+    @property
+    def lap(self) -> int:
+        """Steps of a lap."""
+        return self.eval_every // self.laps
 
     def check(self) -> None:
         """Raises a UserError unless evaluations divide the steps."""
@@ -92,14 +99,19 @@ def chunks(
 
     A rectangle is `block` rectangles of at most `limit` runs each, one for each device.
     """
-    wide = min(-(-len(seeds) // block[1]), limit)
-    high = min(-(-len(points) // block[0]), limit // wide) * block[0]
+    wide = _even(-(-len(seeds) // block[1]), limit)
+    high = _even(-(-len(points) // block[0]), limit // wide) * block[0]
     wide *= block[1]
     for i in range(0, len(points), high):
         for j in range(0, len(seeds), wide):
             some_points, some_seeds = points[i : i + high], seeds[j : j + wide]
             keys = jax.vmap(jax.random.key)(jnp.array(_filled(some_seeds, wide)))
             yield Chunk(some_points, some_seeds, keys, _swept(_filled(some_points, high)))
+
+
+def _even(count, limit):
+    """The size of as few parts of `count` as have no more than `limit`: none much smaller."""
+    return -(-count // -(-count // limit))
 
 
 def _filled(items, size):

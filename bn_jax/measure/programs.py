@@ -9,6 +9,14 @@ import jax.numpy as jnp
 
 from bn_jax.training.run import Run, Swept
 
+# Two cores trained dense networks of .1 to 34 MB 1.2 to 2.1 times as fast by runs of their own,
+# of 60 MB 1.06 times; digits' CNNs of 2 MB 1.5 times, CIFAR-10's network A of 230 MB .98 times
+# and of 1,400 MB .77 times.
+SHARED = 64 << 20
+# A run's own calls cost some .2 ms for an evaluation and the steps before it. Circles has 3 MB
+# in between and takes 3.8 times as long by itself; digits with 16 MB .7 times.
+CALLS = 8 << 20
+
 
 class Traced(NamedTuple):
     """The shapes of a run's state and batch, and the program that evaluates one example."""
@@ -25,6 +33,14 @@ class Traced(NamedTuple):
         # State, its successor, gradients and updates. Every intermediate array of the forward
         # pass counts, although some are fused away, as those of the backward pass do not.
         return 4 * of_state + self.rows.size * of_example
+
+    def small(self, steps: int) -> bool:
+        """Whether a CPU's cores had better train runs of their own, each on one core.
+
+        Operations must be too small to be shared out, and the `steps` between two evaluations
+        enough for the calls that every run then needs for itself.
+        """
+        return self.bytes < SHARED and steps * self.bytes > CALLS
 
     @property
     def convolves(self) -> bool:

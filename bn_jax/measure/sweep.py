@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from bn_jax.measure.engines import InTurn, Together, engine_class
+from bn_jax.measure.engines import engine_class
 from bn_jax.measure.grid import Budget, Chunk, Point, chunks
 from bn_jax.measure.layouts import layout
 from bn_jax.measure.programs import traced
@@ -108,16 +108,16 @@ def sweep(
       stopped early a run has the numbers of the weights that it went back to.
     """
     budget.check()
-    devices = layout(parallel, len(points), len(seeds))
     one = traced(run, dataset)
+    devices = layout(parallel, len(points), len(seeds), one.small(budget.eval_every))
     make = engine_class(one, devices)
-    limit = (max_runs_at_once or MEMORY // one.bytes) // devices.sharers or 1
-    rectangles = enumerate(chunks(points, seeds, make.limit or limit, devices.block))
+    limit = devices.at_once(make, max_runs_at_once or MEMORY // one.bytes or 1)
+    rectangles = enumerate(chunks(points, seeds, limit, devices.block))
     engine, compilation = None, 0.0
     for number, chunk in itertools.islice(rectangles, first, None):
         start = None
         if engine is None:
-            engine, compilation = _timed(make, run, dataset, budget, devices, chunk)
+            engine, compilation = _timed(devices.engine, make, run, dataset, budget, chunk)
             start = resume(engine.init(chunk))
 
         def show(*seen, number=number):
@@ -226,5 +226,5 @@ def _timed(f, *args):
     """f's result, and the seconds until it is there."""
     start = time.perf_counter()
     result = f(*args)
-    jax.block_until_ready(result if not isinstance(result, Together | InTurn) else None)
+    jax.block_until_ready(result)
     return result, time.perf_counter() - start

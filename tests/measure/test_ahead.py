@@ -57,6 +57,16 @@ def test_a_failure_is_that_of_the_call_that_wanted_it(two):
     np.testing.assert_allclose(ahead(two[0], 8), [0.1, 8])
 
 
+def test_no_thread_where_no_core_is_left(two):
+    order = Order()
+    ahead = Ahead(order, 2, 6, beside=False)
+    for chunk, step in ((0, 0), (1, 0), (0, 2)):
+        rate = two[chunk].points[0].learning_rate
+        np.testing.assert_array_equal(ahead(two[chunk], step), [rate, step])
+    assert order.asked == [(0.1, 0), (0.2, 0), (0.1, 2)]
+    assert order.threads == {threading.current_thread()}
+
+
 def test_no_thread_where_programs_are_queued(two, monkeypatch):
     monkeypatch.setattr("jax.default_backend", lambda: "gpu")
     order = Order()

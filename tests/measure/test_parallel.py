@@ -11,8 +11,8 @@ import pytest
 from bn_jax.data import batch_indices, load
 from bn_jax.errors import UserError
 from bn_jax.linen import BatchNorm, GhostBatchNorm
-from bn_jax.measure import Budget, Point, layouts, sweep
-from bn_jax.measure.layouts import MODES, Batch, Cores, Grid, automatic, layout
+from bn_jax.measure import Budget, Point, apart, sweep
+from bn_jax.measure.layouts import MODES, Batch, Grid, automatic, layout
 from bn_jax.models import CNN, MLP
 from bn_jax.training.run import Run, Swept
 
@@ -106,17 +106,16 @@ def test_a_grid_over_eight_devices_has_the_records_of_one(family, features, poin
 
 
 @pytest.mark.parametrize(
-    ("family", "cores", "points", "seeds", "block"),
+    ("family", "cores", "points", "seeds"),
     [
-        ((MLP, (16, 8)), 2, 3, (0, 1), (1, 2)),
-        ((MLP, (16, 8)), 2, 3, (0,), (2, 1)),
-        pytest.param((CNN, (4, 8)), 4, 1, (0, 1, 2), (1, 3), marks=pytest.mark.long),
+        ((MLP, (16, 8)), 2, 3, (0,)),
+        ((CNN, (4, 8)), 4, 1, (0, 1, 2)),
+        pytest.param((CNN, (4, 8)), 2, 1, (0, 1, 2), marks=pytest.mark.long),
     ],
 )
-def test_cores_have_the_records_of_one(family, cores, points, seeds, block, monkeypatch):
-    """A part of the seeds for each, or of the points; a part that is not full; fewer runs."""
-    monkeypatch.setattr(layouts, "cores", lambda: cores)
-    assert Cores(points, len(seeds)).block == block
+def test_cores_have_the_records_of_one(family, cores, points, seeds, monkeypatch):
+    """Runs that change cores half way, and fewer than there are."""
+    monkeypatch.setattr(apart, "cores", lambda: cores)
     run = build(*family)
     expected, weights = train(run, "single", POINTS[:points], seeds)
     found, spread = train(run, "cores", POINTS[:points], seeds)
@@ -147,6 +146,9 @@ def test_how_the_grid_is_divided(points, seeds, block):
 
 def test_what_is_chosen():
     assert automatic(100, 1) == "single"
+    assert automatic(100, 1, small=True) == "cores"
+    assert automatic(1, 1, small=True) == "single"
+    assert automatic(8, 8, small=True) == "grid"
     assert automatic(8, 8) == "grid"
     assert automatic(7, 8) == "pmap"
     assert automatic(7, 8, processes=2) == "shard_map"

@@ -9,7 +9,7 @@ import pytest
 
 from bn_jax.data import batch_indices, load
 from bn_jax.linen import BatchNorm
-from bn_jax.measure import Budget, Point, layouts, sweep
+from bn_jax.measure import Budget, Point, apart, sweep
 from bn_jax.measure.engines import InTurn, Together
 from bn_jax.measure.grid import chunks
 from bn_jax.measure.layouts import Single
@@ -187,11 +187,11 @@ def test_steps_that_evaluations_do_not_divide_are_refused(digits):
 
 
 @pytest.mark.parametrize(
-    ("parallel", "left"), [("single", 3), ("cores", 2), ("grid", 4), ("jit", 3)]
+    ("parallel", "left"), [("single", 3), ("cores", 3), ("grid", 4), ("jit", 3)]
 )
 def test_a_sweep_goes_on_where_it_was(digits, parallel, left, monkeypatch):
     """From the second chunk, after the first of its two evaluations, to the same bits."""
-    monkeypatch.setattr(layouts, "cores", lambda: 2)
+    monkeypatch.setattr(apart, "cores", lambda: 2)
     run, seen = build(digits), []
     options = {"points": POINTS[:2], "seeds": (0, 1), "max_runs_at_once": 1}
     options["parallel"] = parallel

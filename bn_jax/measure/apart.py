@@ -1,0 +1,122 @@
+"""A chunk of the grid on a CPU's cores: every run for itself, in threads."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from bn_jax.measure.grid import Budget, Chunk
+from bn_jax.training.run import RunState
+
+
+class Apart:
+    """A chunk of any size, by an engine for one run that every core calls.
+
+    XLA's own threads share out what one operation does; those of small networks are too small
+    for that (`benchmarks.mlp_steps`). A run has one program, and so the same numbers to the
+    bit whichever others are trained with it, and whether that is on one core or many.
+
+    Between two evaluations a run goes from core to core in laps, of which there are so many
+    that all cores end at about the same time: two cores train five runs in 2.5 times what one
+    takes, not in 3 (McNaughton 1959, "Scheduling with deadlines and loss functions",
+    theorem 3.1). Its interface is that of the engines; a state is a list of `RunState`s.
+    """
+
+    def __init__(self, make: type, run: Any, dataset: Any, budget: Budget, layout: Any,
+                 example: Chunk):  # fmt: skip
+        self._at_once = min(cores(), example.runs)
+        laps = _laps(example.runs, self._at_once, budget.eval_every)
+        budget = budget._replace(laps=laps)
+        self._budget, self._wide = budget, example.keys.shape[0]
+        self._chunk, self._runs = example, _split(example)
+        self._shared = sum(v.nbytes for v in jax.tree.leaves(dataset.train))
+        self._engine = make(run, dataset, budget, layout, self._runs[0])
+        self._threads = ThreadPoolExecutor(self._at_once)
+
+    def init(self, chunk: Chunk) -> list[RunState]:
+        """The state of every run before its first step."""
+        return self._each(self._engine.init, self._alone(chunk))
+
+    def advance(
+        self, state: Sequence[RunState], chunk: Chunk, first_step: int
+    ) -> list[RunState]:
+        """The state `eval_every` steps later."""
+        runs, submit = self._alone(chunk), self._threads.submit
+        # One seed has one order, at every point.
+        orders = [submit(self._engine.order, one, first_step) for one in runs[: self._wide]]
+        orders = orders * (len(runs) // self._wide)
+        for since in range(0, self._budget.eval_every, self._budget.lap):
+            # What a thread waits for has begun before: it was asked for before.
+            rows = zip(state, runs, orders, strict=True)
+            state = [submit(self._lap, *row, since) for row in rows]
+        return self._results(state)
+
+    def evaluate(self, state: Sequence[RunState], chunk: Chunk) -> dict[str, np.ndarray]:
+        """Losses, accuracies and `diverged_at`, `[points, seeds]` each."""
+        reports = self._each(self._engine.evaluate, state, self._alone(chunk))
+        return {
+            name: np.reshape([report[name] for report in reports], (-1, self._wide))
+            for name in reports[0]
+        }
+
+    def training_memory(self) -> int:
+        """Bytes that `advance` holds: the data, a program for each core, runs that wait."""
+        program = self._engine.training_memory() - self._shared
+        waiting = len(self._runs) - self._at_once
+        programs = self._at_once * program + waiting * self._engine.state_memory()
+        return self._shared + programs
+
+    def pick(self, state: Sequence[RunState], i: int, j: int) -> RunState:
+        """A copy of the state of the run of point i and seed j."""
+        return self._engine.pick(state[i * self._wide + j], 0, 0)
+
+    def _lap(self, state, one, order, since):
+        if isinstance(state, Future):
+            state = state.result()
+        return jax.block_until_ready(self._engine.lap(state, one, order.result(), since))
+
+    def _each(self, f: Callable, *columns: Sequence[Any]) -> list[Any]:
+        rows = zip(*columns, strict=True)
+        return self._results([self._threads.submit(f, *row) for row in rows])
+
+    def _results(self, futures):
+        try:
+            return [future.result() for future in futures]
+        except BaseException:  # what has not begun must not keep the process
+            self._threads.shutdown(wait=False, cancel_futures=True)
+            raise
+
+    def _alone(self, chunk):
+        if chunk is not self._chunk:
+            self._chunk, self._runs = chunk, _split(chunk)
+        return self._runs
+
+
+def cores() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux alone has it
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _laps(runs: int, at_once: int, steps: int) -> int:
+    """How many, so that the core that does most has as little as possible."""
+
+    def most(laps):
+        return math.ceil(runs * laps / at_once) / laps
+
+    return min((n for n in range(1, at_once + 1) if steps % n == 0), key=most)
+
+
+def _split(chunk: Chunk) -> list[Chunk]:
+    """A chunk for every run, in the order of arrays `[points, seeds]`."""
+    keys = [chunk.keys[j : j + 1] for j in range(chunk.keys.shape[0])]
+    points = zip(*(np.asarray(v)[:, None] for v in chunk.swept), strict=True)
+    swept = [type(chunk.swept)(*values) for values in points]
+    return [Chunk((), (), key, values) for values in swept for key in keys]

@@ -1,0 +1,175 @@
+"""Runs on cores of their own: what they compute, when, and how it ends if one fails."""
+
+import functools
+import threading
+import time
+
+import numpy as np
+import optax
+import pytest
+
+from bn_jax.data import batch_indices, load
+from bn_jax.linen import BatchNorm
+from bn_jax.measure import Budget, Point, apart, layouts, sweep
+from bn_jax.measure.apart import Apart
+from bn_jax.measure.engines import Together
+from bn_jax.measure.grid import chunks
+from bn_jax.measure.layouts import Cores, automatic
+from bn_jax.measure.programs import traced
+from bn_jax.models import CNN, MLP
+from bn_jax.training.run import Run
+
+POINTS = [Point(0.1, 1.0, 0.9), Point(0.3, 0.5, 0.5)]
+
+
+@functools.cache
+def digits():
+    return load("digits", train_examples=300)
+
+
+def build(model=MLP, features=(16,), batch=60):
+    def network(swept):
+        return model(features, 10, norm=functools.partial(BatchNorm, momentum=swept.momentum))
+
+    def batches(key, first_step, num_steps):
+        return batch_indices(key, first_step, num_steps, 300, batch)
+
+    return Run(network, optax.sgd, digits().scaled, batches)
+
+
+def records(points, seeds, steps=20, every=10, **options):
+    found = sweep(build(), digits(), points, seeds, Budget(steps, every), **options)
+    return [{k: v for k, v in r.items() if k != "seconds"} for rs in found for r in rs]
+
+
+def test_a_run_does_not_depend_on_others_nor_on_the_cores(monkeypatch):
+    """To the bit: alone in one program, with others, on few cores and on many."""
+    (alone,) = records(POINTS[1:], (3,), parallel="single")
+    for cores in (1, 2, 3):
+        monkeypatch.setattr(apart, "cores", lambda cores=cores: cores)
+        found = records(POINTS, (2, 3, 4), parallel="cores")
+        assert found[4] == alone
+        assert len({tuple(r["test_loss"]) for r in found}) == 6
+
+
+def test_is_what_is_chosen_for_small_networks_with_enough_to_do(monkeypatch):
+    """And not otherwise."""
+    monkeypatch.setattr("jax.device_count", lambda: 1)
+    monkeypatch.setattr(layouts, "automatic", automatic)
+    asked = []
+    monkeypatch.setattr(Cores, "engine", lambda *args: asked.append(args))
+
+    def chosen(steps):
+        asked.clear()
+        try:
+            records(POINTS, (0,), steps, steps)
+        except AttributeError:  # there is no engine
+            assert asked
+        return bool(asked)
+
+    enough = 1 + (8 << 20) // traced(build(), digits()).bytes
+    assert chosen(enough)
+    assert not chosen(enough - 1)
+
+
+@pytest.mark.parametrize(
+    ("network", "small"),
+    [
+        (build(), True),
+        (build(CNN, (4, 8)), True),
+        (build(MLP, (4096, 4096)), False),
+        (build(CNN, (256, 256), 300), False),
+    ],
+)
+def test_what_is_small(network, small):
+    assert traced(network, digits()).small(1000) is small
+
+
+class Recorder:
+    """An engine whose lap takes a while, and that knows who called it when."""
+
+    seconds = 0.02
+
+    def __init__(self, run, dataset, budget, layout, example):
+        self.budget, self.called, self.lock = budget, [], threading.Lock()
+        Recorder.latest = self
+
+    def init(self, chunk):
+        return 0
+
+    def order(self, chunk, first_step):
+        return first_step
+
+    def lap(self, state, chunk, order, since):
+        if order == 100:
+            raise MemoryError("step 100")
+        assert state == order + since  # what came before is done
+        with self.lock:
+            self.called.append((float(chunk.swept.learning_rate[0]), since))
+        time.sleep(self.seconds)
+        return state + self.budget.lap
+
+
+def engine(runs, every, cores, monkeypatch):
+    monkeypatch.setattr(apart, "cores", lambda: cores)
+    points = [Point(float(i), 1.0, 0.9) for i in range(runs)]
+    (chunk,) = chunks(points, [0], runs)
+    made = Apart(Recorder, None, digits(), Budget(10 * every, every), None, chunk)
+    return made, chunk
+
+
+@pytest.mark.parametrize(
+    ("runs", "every", "cores", "laps"),
+    [
+        (5, 10, 2, 2), (4, 10, 2, 1), (1, 10, 2, 1), (3, 10, 8, 1), (5, 12, 4, 4), (5, 7, 2, 1),
+        (7, 12, 3, 3), (6, 10, 4, 2),
+    ],
+)  # fmt: skip
+def test_laps_are_as_few_as_keep_all_cores_at_work(runs, every, cores, laps, monkeypatch):
+    made, chunk = engine(runs, every, cores, monkeypatch)
+    recorder = Recorder.latest
+    assert recorder.budget.laps == laps
+    state = made.advance(made.init(chunk), chunk, 0)
+    assert state == [every] * runs
+    steps = every // laps
+    assert sorted(recorder.called) == [
+        (i, lap * steps) for i in range(runs) for lap in range(laps)
+    ]
+    # By rounds of as many as there are cores: none waits while there is something to do.
+    first = [since for _, since in recorder.called[:runs]]
+    assert first == [0] * runs
+
+
+def test_a_failure_ends_the_sweep_and_what_has_not_begun(monkeypatch):
+    made, chunk = engine(5, 10, 2, monkeypatch)
+    with pytest.raises(MemoryError, match="step 100"):
+        made.advance(made.init(chunk), chunk, 100)
+    assert Recorder.latest.called == []
+
+
+def test_an_interruption_does_not_wait_for_what_has_not_begun(monkeypatch):
+    made, chunk = engine(40, 10, 2, monkeypatch)
+    state = made.init(chunk)
+    monkeypatch.setattr(apart.Future, "result", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        made._each(lambda _: Recorder.latest.lap(0, chunk, 0, 0), state)
+    made._threads.shutdown()  # waits for what has begun
+    assert len(Recorder.latest.called) <= 4
+
+
+def interrupted(self, timeout=None):
+    raise KeyboardInterrupt
+
+
+def test_reports_are_of_points_and_seeds():
+    run = build()
+    (chunk,) = chunks(POINTS, (0, 1, 2), 6)
+    made = Cores().engine(Together, run, digits(), Budget(10, 10), chunk)
+    state = made.advance(made.init(chunk), chunk, 0)
+    report = made.evaluate(state, chunk)
+    assert {v.shape for v in report.values()} == {(2, 3)}
+    one = Together(run, digits(), Budget(10, 10), Cores(), next(chunks(POINTS, (0,), 1)))
+    assert one.training_memory() < made.training_memory() < 3 * one.training_memory()
+    for i, j in np.ndindex(2, 3):
+        picked = made.pick(state, i, j)
+        np.testing.assert_allclose(report["train_loss"][i, j], picked.sums.loss / 10)
