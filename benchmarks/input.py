@@ -26,7 +26,7 @@ from benchmarks.peers.task import Task
 from bn_jax.data import augmentation, images, load
 from bn_jax.errors import UserError
 from bn_jax.measure.timing import interleave
-from bn_jax.training.xla import keep_memory, set_flags
+from bn_jax.training.xla import set_up
 from experiments import flags
 from experiments.flags import flag
 
@@ -105,8 +105,7 @@ def jpeg(seed: int, height: int = 400, width: int = 500) -> bytes:
 
 def run(config: Config) -> None:
     """Prints three tables, in Markdown."""
-    keep_memory()
-    set_flags()
+    set_up()
     print("| second start | seconds until its arrays are on the device |\n| :-- | --: |")
     for name in config.datasets:
         seconds = loading(name, config.data_dir, config.rounds)

@@ -28,7 +28,7 @@ from bn_jax.measure.timing import interleave
 from bn_jax.report.markdown import table
 from bn_jax.report.plotting import new_figure, tidy
 from bn_jax.report.text import padded, whole
-from bn_jax.training.xla import keep_memory, set_flags
+from bn_jax.training.xla import set_up
 from experiments import flags
 from experiments.flags import flag
 
@@ -73,8 +73,7 @@ class Measured(NamedTuple):
 
 def run(config: Config) -> dict[str, dict[int, Measured]]:
     """Prints a table for each size; what was measured comes back, by name and size."""
-    keep_memory()
-    set_flags()
+    set_up()
     print(describe_machine() + "\n")
     found = {name: measure(name, config) for name in Size._fields}
     for name, rows in found.items():

@@ -111,9 +111,9 @@ def start_jax(config: Any) -> dict[str, Any]:
     """JAX as experiments want it, in one process or several; what of it `config.json` says."""
     from bn_jax.data.cache import default_cache_dir
     from bn_jax.training import distributed
-    from bn_jax.training.xla import keep_compiled, keep_memory, set_flags
+    from bn_jax.training.xla import keep_compiled, set_up
 
-    started = {"xla_flags": set_flags(), "memory_kept": keep_memory()}
+    started = set_up()
     distributed.initialize(config.coordinator, config.num_processes, config.process_id)
     keep_compiled(Path(config.cache_dir or default_cache_dir()).expanduser() / "compiled")
     return started

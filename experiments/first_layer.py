@@ -55,7 +55,6 @@ class Config(compare.Config):
         (1e-3, 3e-3, 1e-2), "those of the arms without BatchNorm on raw input"
     )
     momentums: tuple[float, ...] = flag((0.99,), "momenta of the running statistics to try")
-    seeds: int = flag(3, "how many seeds at each point of the grid")
     steps: int = flag(3000, "training steps of a run")
     batch_size: int = flag(32, "examples in a training step")
     eval_every: int = flag(150, "training steps between evaluations")

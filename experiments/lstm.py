@@ -60,7 +60,9 @@ NOISE = 0.1  # of the first hidden state, in the authors' code
 class Config(compare.Config):
     """Every flag of the experiment; see `python -m experiments.lstm --help`."""
 
-    QUICK: ClassVar = {"dataset": "digits", "features": (32,), "steps": 300, "eval_every": 20}
+    QUICK: ClassVar = {
+        "dataset": "digits", "features": (32,), "seeds": 2, "steps": 300, "eval_every": 20,
+    }  # fmt: skip
 
     dataset: str = flag("mnist", "as in experiments.compare, of images")
     validation_fraction: float = flag(1 / 6, "as in experiments.compare")
@@ -78,7 +80,6 @@ class Config(compare.Config):
     optimizer: str = flag("rmsprop", "as in experiments.compare")
     learning_rates: tuple[float, ...] = flag((0.001,), "learning rates to try")
     clip: float | None = flag(1.0, "the largest norm of the gradient")
-    seeds: int = flag(2, "how many seeds at each point of the grid")
     steps: int = flag(2000, "training steps of a run")
     batch_size: int = flag(100, "examples in a training step")
     eval_every: int = flag(200, "training steps between evaluations; divides steps")

@@ -89,9 +89,9 @@ class Config(flags.Quick):
 
 def run(config: Config) -> dict[str, Any]:
     """Measures, fills the workdir, prints the table; what `summary.json` holds comes back."""
-    from bn_jax.training.xla import set_flags
+    from bn_jax.training.xla import set_up
 
-    xla_flags = set_flags()
+    started = set_up()
     import jax
 
     from bn_jax.report import recalibration as pages
@@ -106,7 +106,7 @@ def run(config: Config) -> dict[str, Any]:
     one = arms.build_run(training, arms.norm_arms()["bn"], dataset)
     folder = workdir.create(config.workdir, EXPERIMENT, config.overwrite)
     devices = [f"{d.platform}: {d.device_kind}" for d in jax.devices()]
-    settings = workdir.write_config(folder, config, EXPERIMENT, devices, xla_flags=xla_flags)
+    settings = workdir.write_config(folder, config, EXPERIMENT, devices, **started)
     records = measure(config, one, dataset, folder / "records.jsonl")
     summary = {
         "experiment": EXPERIMENT, "dataset": config.dataset, "model": config.model,

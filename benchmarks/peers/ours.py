@@ -21,10 +21,10 @@ from bn_jax.measure.layouts import layout
 from bn_jax.measure.programs import traced
 from bn_jax.models import MLP, CifarA
 from bn_jax.training.run import Run, RunState, Swept
-from bn_jax.training.xla import keep_memory, set_flags
+from bn_jax.training.xla import set_up
 
 # What an experiment does before it computes.
-START = (keep_memory, set_flags)
+START = (set_up,)
 
 
 def prepare(

@@ -66,10 +66,12 @@ def _protocol(summary: dict) -> str:
     """What was run, in two sentences."""
     rates = all_rates(summary)
     seeds = max(arm["seeds"] for arm in summary["arms"])
-    grid = f"{number(rates[0])} to {number(rates[-1])}" if len(rates) > 1 else number(rates[0])
+    grid = f"learning rate {number(rates[0])}"
+    if len(rates) > 1:
+        ends = f"{number(rates[0])} to {number(rates[-1])}"
+        grid = f"each of {len(rates)} learning rates ({ends})"
     return (
-        f"Measured on {subject(summary)} with {plural(seeds, 'seed')} at each of "
-        f"{plural(len(rates), 'learning rate')} ({grid}), for at most "
+        f"Measured on {subject(summary)} with {plural(seeds, 'seed')} at {grid}, for at most "
         f"{whole(summary['budget_steps'])} steps a run. The target is {target_text(summary)}."
     )
 

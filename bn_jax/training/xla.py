@@ -23,6 +23,11 @@ KEEP_BLOCKS = {-1: 2**31 - 1, -3: 1 << 30}
 DISPATCH = "jax_cpu_enable_async_dispatch"
 
 
+def set_up() -> dict[str, str | bool]:
+    """`set_flags` and `keep_memory`; what they returned, as `config.json` has it."""
+    return {"xla_flags": set_flags(), "memory_kept": keep_memory()}
+
+
 def set_flags() -> str:
     """Adds the flags to `XLA_FLAGS` where this jaxlib knows them and the user has not.
 
