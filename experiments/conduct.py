@@ -189,6 +189,7 @@ def train(
     An earlier start of the same run is gone on with where its last checkpoint was.
     """
     from bn_jax import measure, report
+    from bn_jax.measure.sweep import alike
     from bn_jax.training.checkpoint import Checkpoints
     from bn_jax.training.signals import on_sigterm
     from experiments.progress import Progress
@@ -202,6 +203,8 @@ def train(
     }
     seeds = range(config.seed, config.seed + config.seeds)
     total = config.seeds * sum(len(grids[name]) * budgets[name].steps for name in arms)
+    trained = [(runs[n], budgets[n], len(grids[n]) * config.seeds) for n in arms]
+    parallel = alike(config.parallel, dataset, trained)
     checkpoints = Checkpoints(shared / "checkpoints")
     with on_sigterm() as stop, contextlib.closing(checkpoints):
         kept = getattr(watch, "kept", {})
@@ -225,7 +228,7 @@ def train(
 
                 for finished in measure.sweep(
                     runs[name], dataset, points, seeds, budgets[name],
-                    max_runs_at_once=config.max_runs_at_once, parallel=config.parallel,
+                    max_runs_at_once=config.max_runs_at_once, parallel=parallel,
                     on_evaluation=see, **survival.where(name),
                 ):  # fmt: skip
                     for record in finished:

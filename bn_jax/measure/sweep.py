@@ -132,6 +132,27 @@ def sweep(
         ]
 
 
+def alike(parallel: str, dataset: Any, trained: Sequence[tuple[Run, Budget, int]]) -> str:
+    """How all of these are trained, so that their seconds compare.
+
+    Args:
+      parallel: as for `sweep`; other than `auto` it is what comes back.
+      dataset: that all are trained on.
+      trained: of every sweep the run, the budget and the number of runs.
+
+    Returns:
+      For `auto` and one CPU `cores`, if that suits all of them, else `single`.
+    """
+    one_cpu = jax.device_count() == 1 and jax.default_backend() == "cpu"
+    if parallel != "auto" or not one_cpu:
+        return parallel
+    several = max(runs for _, _, runs in trained) > 1
+    small = several and all(
+        traced(run, dataset).small(budget.eval_every) for run, budget, _ in trained
+    )
+    return "cores" if small else "single"
+
+
 def _train(engine, chunk, budget, show, start):
     """The evaluations, and training and evaluation seconds for each run of the chunk."""
     if start is None:

@@ -16,6 +16,7 @@ from bn_jax.measure.engines import Together
 from bn_jax.measure.grid import chunks
 from bn_jax.measure.layouts import Cores, automatic
 from bn_jax.measure.programs import traced
+from bn_jax.measure.sweep import alike
 from bn_jax.models import CNN, MLP
 from bn_jax.training.run import Run
 
@@ -70,6 +71,18 @@ def test_is_what_is_chosen_for_small_networks_with_enough_to_do(monkeypatch):
     enough = 1 + (8 << 20) // traced(build(), digits()).bytes
     assert chosen(enough)
     assert not chosen(enough - 1)
+
+
+def test_all_arms_of_a_comparison_are_trained_alike(monkeypatch):
+    monkeypatch.setattr("jax.device_count", lambda: 1)
+    long, short = Budget(3000, 1000), Budget(3000, 1)
+    assert alike("auto", digits(), [(build(), long, 3)] * 2) == "cores"
+    assert alike("auto", digits(), [(build(), long, 3), (build(), short, 3)]) == "single"
+    assert alike("auto", digits(), [(build(), long, 3), (build(), long, 1)]) == "cores"
+    assert alike("auto", digits(), [(build(), long, 1)] * 2) == "single"
+    assert alike("grid", digits(), [(build(), short, 3)]) == "grid"
+    monkeypatch.setattr("jax.device_count", lambda: 8)
+    assert alike("auto", digits(), [(build(), long, 3)]) == "auto"
 
 
 @pytest.mark.parametrize(
