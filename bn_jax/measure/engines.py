@@ -75,7 +75,7 @@ class Together:
             return layout.program(_over_grid(f, more), (*RUN, *more), donate)
 
         inputs, train, zero = _put(layout, example), self._dataset.train, np.int32(0)
-        init = program(init, "all")
+        init = layout.program(_one_by_one(init), (*RUN, "all"))
         order = layout.program(jax.vmap(order, (0, None)), ("seed", "all"), out="seed")
         advance = program(advance, "seed", "all", "all", donate=(0,))
         count = program(count, "all", "all")
@@ -261,6 +261,19 @@ def _over_grid(f, more):
         for axis in ("seed", "point")
     )
     return jax.vmap(jax.vmap(f, seeds), points)
+
+
+def _one_by_one(f):
+    """As `_over_grid` where there is no state yet: run after run.
+
+    Orthogonal kernels are by QR, of which a batch waits for threads of XLA's pool: two at the
+    same time wait for each other, on two cores, for ever (LAPACK in jaxlib 0.10.2).
+    """
+
+    def g(_, keys, swept, *rest):
+        return lax.map(lambda s: lax.map(lambda key: f(None, key, s, *rest), keys), swept)
+
+    return g
 
 
 def _of_one(f):

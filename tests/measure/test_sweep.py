@@ -1,4 +1,5 @@
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -151,6 +152,30 @@ def test_a_run_that_is_not_finite_is_diverged_from_then_on(digits):
     assert large["test_accuracy"][0] is not None
     assert large["test_accuracy"][1:] == [None, None]
     assert large["train_loss"] == [None, None, None]
+
+
+class Orthogonal(nn.Module):
+    """Two kernels that LAPACK makes."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = nn.Dense(10, kernel_init=nn.initializers.orthogonal())(x.reshape(len(x), -1))
+        return nn.Dense(10, kernel_init=nn.initializers.orthogonal())(x)
+
+
+def test_orthogonal_weights_are_made_run_by_run(digits):
+    """A batch of them may wait for threads that wait for it: two cores hung."""
+    run = build(digits)
+    run = Run(lambda swept: Orthogonal(), run.optimizer, run.scaled, run.batches)
+    (chunk,) = chunks(POINTS[:2], (0, 1, 2), 6)
+    engine = Together(run, digits, BUDGET, Single(), chunk)
+    calls = re.findall(r"= \(f32\[([\d,]+)\].* custom-call.*geqrf", engine._init.as_text())
+    assert sorted(calls) == ["10,10", "64,10"]
+    kernels = engine.init(chunk).train.params["Dense_0"]["kernel"]
+    assert kernels.shape == (2, 3, 64, 10)
+    products = np.asarray(kernels.mT @ kernels)
+    np.testing.assert_allclose(products, np.broadcast_to(np.eye(10), (2, 3, 10, 10)), atol=1e-5)
+    assert not np.allclose(kernels[:, 0], kernels[:, 1])
 
 
 def test_a_diverged_run_keeps_the_weights_that_it_had(digits):
