@@ -144,10 +144,10 @@ class Config(Quick):
                 raise UserError(f"--{name}: unknown {value!r}, choose from {', '.join(known)}")
         if not self.arms or len(set(self.arms)) != len(self.arms):
             raise UserError(f"--arms={','.join(self.arms)}: name one or more, each once")
-        if self.parallel == "grid":
+        if self.parallel in ("grid", "cores"):
             raise UserError(
-                "--parallel=grid: there is one network at a time, and no grid; choose pmap, "
-                "jit or shard_map"
+                f"--parallel={self.parallel}: there is one network at a time, and no grid; "
+                "choose pmap, jit or shard_map"
             )
 
     @property

@@ -18,11 +18,13 @@ def note(evaluation: Any, steps_per_epoch: int | None = None) -> str:
     import numpy as np
 
     report = evaluation.report
-    runs = [report[k] for k in ("train_loss", "validation_accuracy")]
+    fine = report["diverged_at"] < 0
+    if not fine.any() or not evaluation.step:
+        return ""
     loss, accuracy = (
-        np.nanmedian(np.where(report["diverged_at"] < 0, v, np.nan)) for v in runs
+        np.nanmedian(report[k][fine]) for k in ("train_loss", "validation_accuracy")
     )
-    if not np.isfinite(loss) or not evaluation.step:
+    if not np.isfinite(loss):
         return ""
     at = f"step {evaluation.step:,}"
     if steps_per_epoch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 
 from bn_jax.measure.grid import Budget, Chunk
+from bn_jax.measure.programs import traced
 from bn_jax.training.run import RunState
 
 
@@ -31,7 +33,8 @@ class Apart:
     def __init__(self, make: type, run: Any, dataset: Any, budget: Budget, layout: Any,
                  example: Chunk):  # fmt: skip
         self._at_once = min(cores(), example.runs)
-        laps = _laps(example.runs, self._at_once, budget.eval_every)
+        most = traced(run, dataset).calls(budget.eval_every)
+        laps = _laps(example.runs, self._at_once, budget.eval_every, most)
         budget = budget._replace(laps=laps)
         self._budget, self._wide = budget, example.keys.shape[0]
         self._chunk, self._runs = example, _split(example)
@@ -41,29 +44,41 @@ class Apart:
 
     def init(self, chunk: Chunk) -> list[RunState]:
         """The state of every run before its first step."""
-        return self._each(self._engine.init, self._alone(chunk))
+        return self._each(self._engine.init, [(one,) for one in self._alone(chunk)])
 
     def advance(
-        self, state: Sequence[RunState], chunk: Chunk, first_step: int
+        self,
+        state: Sequence[RunState],
+        chunk: Chunk,
+        first_step: int,
+        going: np.ndarray | None = None,
     ) -> list[RunState]:
-        """The state `eval_every` steps later."""
-        runs, submit = self._alone(chunk), self._threads.submit
-        # One seed has one order, at every point.
-        orders = [submit(self._engine.order, one, first_step) for one in runs[: self._wide]]
-        orders = orders * (len(runs) // self._wide)
-        for since in range(0, self._budget.eval_every, self._budget.lap):
-            # What a thread waits for has begun before: it was asked for before.
-            rows = zip(state, runs, orders, strict=True)
-            state = [submit(self._lap, *row, since) for row in rows]
-        return self._results(state)
+        """The state `eval_every` steps later, of runs that are not `going` as it was."""
+        runs, chosen, state = self._alone(chunk), self._chosen(going), list(state)
+        with self._asking() as ask:
+            # One seed has one order, at every point.
+            orders = {
+                j: ask(self._engine.order, runs[j], first_step)
+                for j in {k % self._wide for k in chosen}
+            }
+            for since in range(0, self._budget.eval_every, self._budget.lap):
+                for k in chosen:
+                    # What a thread waits for was asked for before, and so has begun.
+                    order = orders[k % self._wide]
+                    state[k] = ask(self._lap, state[k], runs[k], order, since)
+            return [_result(v) for v in state]
 
-    def evaluate(self, state: Sequence[RunState], chunk: Chunk) -> dict[str, np.ndarray]:
-        """Losses, accuracies and `diverged_at`, `[points, seeds]` each."""
-        reports = self._each(self._engine.evaluate, state, self._alone(chunk))
-        return {
-            name: np.reshape([report[name] for report in reports], (-1, self._wide))
-            for name in reports[0]
-        }
+    def evaluate(
+        self, state: Sequence[RunState], chunk: Chunk, going: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """Losses, accuracies and `diverged_at`, `[points, seeds]`; 0 of runs not `going`."""
+        runs, chosen = self._alone(chunk), self._chosen(going)
+        reports = self._each(self._engine.evaluate, [(state[k], runs[k]) for k in chosen])
+        found = {}
+        for name, one in reports[0].items():
+            found[name] = np.zeros((len(runs) // self._wide, self._wide), one.dtype)
+            found[name].flat[chosen] = np.ravel([report[name] for report in reports])
+        return found
 
     def training_memory(self) -> int:
         """Bytes that `advance` holds: the data, a program for each core, runs that wait."""
@@ -77,20 +92,23 @@ class Apart:
         return self._engine.pick(state[i * self._wide + j], 0, 0)
 
     def _lap(self, state, one, order, since):
-        if isinstance(state, Future):
-            state = state.result()
-        return jax.block_until_ready(self._engine.lap(state, one, order.result(), since))
+        later = self._engine.lap(_result(state), one, order.result(), since)
+        return jax.block_until_ready(later)
 
-    def _each(self, f: Callable, *columns: Sequence[Any]) -> list[Any]:
-        rows = zip(*columns, strict=True)
-        return self._results([self._threads.submit(f, *row) for row in rows])
+    def _each(self, f: Callable, rows: Sequence[tuple]) -> list[Any]:
+        with self._asking() as ask:
+            return [_result(v) for v in [ask(f, *row) for row in rows]]
 
-    def _results(self, futures):
+    @contextlib.contextmanager
+    def _asking(self):
         try:
-            return [future.result() for future in futures]
+            yield self._threads.submit
         except BaseException:  # what has not begun must not keep the process
             self._threads.shutdown(wait=False, cancel_futures=True)
             raise
+
+    def _chosen(self, going):
+        return list(range(len(self._runs)) if going is None else np.flatnonzero(going))
 
     def _alone(self, chunk):
         if chunk is not self._chunk:
@@ -105,13 +123,19 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def _laps(runs: int, at_once: int, steps: int) -> int:
-    """How many, so that the core that does most has as little as possible."""
+def _result(value):
+    return value.result() if isinstance(value, Future) else value
 
-    def most(laps):
+
+def _laps(runs: int, at_once: int, steps: int, calls: int) -> int:
+    """The fewest with which the core that does most has nearly as little as is possible."""
+
+    def longest(laps):
         return math.ceil(runs * laps / at_once) / laps
 
-    return min((n for n in range(1, at_once + 1) if steps % n == 0), key=most)
+    choices = [n for n in range(1, min(at_once, calls) + 1) if steps % n == 0]
+    best = min(map(longest, choices))
+    return next(n for n in choices if longest(n) <= 1.05 * best)
 
 
 def _split(chunk: Chunk) -> list[Chunk]:

@@ -9,8 +9,9 @@ vmapped one as a slow grouped convolution; and where all devices train one netwo
 `engine_class` chooses. Both compile when they are made. `init(chunk)` gives a state,
 `advance(state, chunk, first_step)` the state `eval_every` steps later, `evaluate(state,
 chunk)` a dict of `[points, seeds]` arrays, `pick(state, i, j)` the state of one run. States
-are donated: use each once. Where a budget has several laps, `lap(state, chunk, order, since)`
-is one of them, on `order(chunk, first_step)`.
+are donated: use each once. Both may be told which runs are `going`, `[points, seeds]`: what
+becomes of the others does not count. Where a budget has several laps, `lap(state, chunk,
+order, since)` is one of them, on `order(chunk, first_step)`.
 """
 
 from __future__ import annotations
@@ -101,7 +102,9 @@ class Together:
         """The state of every run before its first step."""
         return self._init(None, *_put(self._layout, chunk), self._dataset.train)
 
-    def advance(self, state: Any, chunk: Chunk, first_step: int) -> Any:
+    def advance(
+        self, state: Any, chunk: Chunk, first_step: int, going: np.ndarray | None = None
+    ) -> Any:
         """The state `eval_every` steps later."""
         return self.lap(state, chunk, self.order(chunk, first_step), 0)
 
@@ -124,7 +127,9 @@ class Together:
         """Bytes of a state, which `advance` returns in the place of the one before."""
         return self._advance.memory_analysis().alias_size_in_bytes
 
-    def evaluate(self, state: Any, chunk: Chunk) -> dict[str, np.ndarray]:
+    def evaluate(
+        self, state: Any, chunk: Chunk, going: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
         """Losses, accuracies and `diverged_at`, `[points, seeds]` each."""
         inputs = _put(self._layout, chunk)
         pairs = zip(self._count, self._held_out, strict=True)
@@ -187,7 +192,9 @@ class InTurn:
         state = self._init(None, *_put(self._layout, chunk), self._dataset.train)
         return self._layout.put(state, "run")
 
-    def advance(self, state: Any, chunk: Chunk, first_step: int) -> Any:
+    def advance(
+        self, state: Any, chunk: Chunk, first_step: int, going: np.ndarray | None = None
+    ) -> Any:
         """The state `eval_every` steps later; the steps are queued, not waited for."""
         return self.lap(state, chunk, self.order(chunk, first_step), 0)
 
@@ -204,7 +211,9 @@ class InTurn:
             self._layout.wait(state)
         return state
 
-    def evaluate(self, state: Any, chunk: Chunk) -> dict[str, np.ndarray]:
+    def evaluate(
+        self, state: Any, chunk: Chunk, going: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
         """Losses, accuracies and `diverged_at`, `[points, seeds]` each."""
         inputs, sums = _put(self._layout, chunk), []
         for count, (split, chunks) in zip(self._count, self._held_out, strict=True):

@@ -42,6 +42,10 @@ class Traced(NamedTuple):
         """
         return self.bytes < SHARED and steps * self.bytes > CALLS
 
+    def calls(self, steps: int) -> int:
+        """How many calls that many steps are worth, one at least."""
+        return max(1, steps * self.bytes // CALLS)
+
     @property
     def convolves(self) -> bool:
         """Whether the network has a convolution."""

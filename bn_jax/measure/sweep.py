@@ -160,26 +160,28 @@ def _train(engine, chunk, budget, show, start):
         report, seconds = _timed(engine.evaluate, state, chunk)
         start = Underway(0, state, [report], (0.0, seconds))
     done, state, history, (training, evaluation) = start
-    history, ended = [*history], _ended(done, history, budget)
+    history = [*history]
+    going = _going(chunk, done, history, budget)
 
     def show_after(run_steps):
         pick = functools.partial(engine.pick, state)
         runs = run_steps * len(chunk.wanted)
+        ended = not going.any()
         kept = _kept(history, budget, ended)
         underway = Underway(done, state, history, (training, evaluation))
         show(chunk, done, runs, history[-1], pick, ended, kept, underway)
 
     if done == 0:
         show_after(0)
-    while not ended:
-        state, seconds = _timed(engine.advance, state, chunk, done)
+    while going.any():
+        state, seconds = _timed(engine.advance, state, chunk, done, going)
         training += seconds
-        report, seconds = _timed(engine.evaluate, state, chunk)
+        report, seconds = _timed(engine.evaluate, state, chunk, going)
         evaluation += seconds
-        history.append(report)
+        history.append({k: np.where(going, v, history[-1][k]) for k, v in report.items()})
         done += budget.eval_every
-        ended = _ended(done, history, budget)
-        show_after(budget.eval_every + (budget.steps - done if ended else 0))
+        going = _going(chunk, done, history, budget)
+        show_after(budget.eval_every + (0 if going.any() else budget.steps - done))
     return history, {
         "per_step": training / max(done, 1) / chunk.runs,
         "training": training / chunk.runs,
@@ -199,17 +201,17 @@ def _kept(history, budget, ended):
     return kept
 
 
-def _ended(done, history, budget):
-    if done == budget.steps:
-        return True
+def _going(chunk, done, history, budget):
+    """Which runs train on, `[points, seeds]`: none that has ended or only fills up."""
     diverged = history[-1]["diverged_at"] >= 0
-    if budget.patience is None:
-        return np.all(diverged)
-    accuracies = np.stack([h["validation_accuracy"] for h in history])
-    return all(
-        diverged[index] or budget.stop(accuracies[:, *index]) is not None
-        for index in np.ndindex(diverged.shape)
-    )
+    going = np.zeros(diverged.shape, bool)
+    going[: len(chunk.points), : len(chunk.seeds)] = done < budget.steps
+    going &= ~diverged
+    if budget.patience is not None:
+        accuracies = np.stack([h["validation_accuracy"] for h in history])
+        for place in zip(*np.nonzero(going), strict=True):
+            going[place] = budget.stop(accuracies[:, *place]) is None
+    return going
 
 
 def _record(point, seed, history, budget, seconds):

@@ -124,7 +124,7 @@ class Run:
         first = ~jnp.isfinite(means.loss) & (state.diverged_at < 0)
         diverged_at = jnp.where(first, state.train.step, state.diverged_at)
         train = jax.tree.map(functools.partial(jnp.where, diverged_at < 0), train, state.train)
-        sums = jax.tree.map(jnp.add, state.sums, means)
+        sums = jax.tree.map(lambda s, mean: s + mean.astype(s.dtype), state.sums, means)
         return RunState(train, sums, diverged_at, state.key)
 
     def evaluate(

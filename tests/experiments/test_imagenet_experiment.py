@@ -314,6 +314,7 @@ def test_more_broken_images_than_one_process_has_seen(data_dir, monkeypatch):
     ("flags", "message"),
     [
         ({"parallel": "grid"}, "--parallel=grid: there is one network at a time"),
+        ({"parallel": "cores"}, "--parallel=cores: there is one network at a time"),
         ({"model": "mlp"}, "--model: unknown 'mlp', choose from resnet50, "),
         ({"dtype": "float16"}, "--dtype: unknown 'float16'"),
         ({"arms": ("bn", "bn")}, "--arms=bn,bn"),

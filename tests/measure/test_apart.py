@@ -15,7 +15,7 @@ from bn_jax.measure.apart import Apart
 from bn_jax.measure.engines import Together
 from bn_jax.measure.grid import chunks
 from bn_jax.measure.layouts import Cores, automatic
-from bn_jax.measure.programs import traced
+from bn_jax.measure.programs import Traced, traced
 from bn_jax.measure.sweep import alike
 from bn_jax.models import CNN, MLP
 from bn_jax.training.run import Run
@@ -123,12 +123,24 @@ class Recorder:
         return state + self.budget.lap
 
 
-def engine(runs, every, cores, monkeypatch):
+def engine(runs, every, cores, monkeypatch, calls=1000):
     monkeypatch.setattr(apart, "cores", lambda: cores)
+    monkeypatch.setattr(Traced, "calls", lambda self, steps: calls)
     points = [Point(float(i), 1.0, 0.9) for i in range(runs)]
     (chunk,) = chunks(points, [0], runs)
-    made = Apart(Recorder, None, digits(), Budget(10 * every, every), None, chunk)
+    made = Apart(Recorder, build(), digits(), Budget(10 * every, every), None, chunk)
     return made, chunk
+
+
+@pytest.mark.parametrize(
+    ("runs", "every", "cores", "calls", "laps"),
+    [
+        (70, 1000, 64, 1000, 8), (70, 1000, 64, 5, 4), (70, 1000, 64, 1, 1), (5, 20, 2, 1, 1),
+        (130, 1000, 128, 1000, 20),
+    ],
+)  # fmt: skip
+def test_no_more_laps_than_they_are_worth(runs, every, cores, calls, laps):
+    assert apart._laps(runs, cores, every, calls) == laps
 
 
 @pytest.mark.parametrize(
@@ -165,9 +177,65 @@ def test_an_interruption_does_not_wait_for_what_has_not_begun(monkeypatch):
     state = made.init(chunk)
     monkeypatch.setattr(apart.Future, "result", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        made._each(lambda _: Recorder.latest.lap(0, chunk, 0, 0), state)
+        made._each(lambda _: Recorder.latest.lap(0, chunk, 0, 0), [(s,) for s in state])
     made._threads.shutdown()  # waits for what has begun
     assert len(Recorder.latest.called) <= 4
+
+
+def test_nor_one_while_it_is_being_asked_for(monkeypatch):
+    made, chunk = engine(40, 10, 2, monkeypatch)
+    state, submit = made.init(chunk), made._threads.submit
+    asked = []
+
+    def stops(*args):
+        asked.append(args)
+        if len(asked) == 30:
+            raise KeyboardInterrupt
+        return submit(*args)
+
+    monkeypatch.setattr(made._threads, "submit", stops)
+    with pytest.raises(KeyboardInterrupt):
+        made.advance(state, chunk, 0)
+    made._threads.shutdown()
+    assert len(Recorder.latest.called) <= 4
+
+
+def test_runs_that_have_ended_are_left_alone(monkeypatch):
+    made, chunk = engine(4, 10, 2, monkeypatch)
+    going = np.array([[True], [False], [False], [True]])
+    state = made.advance([20, 7, 7, 20], chunk, 20, going)
+    assert state == [30, 7, 7, 30]
+    assert {rate for rate, _ in Recorder.latest.called} == {0.0, 3.0}
+
+
+@pytest.mark.parametrize(("model", "features"), [(MLP, (16,)), (CNN, (4, 8))])
+def test_diverged_and_stopped_runs_have_the_records_of_one_program(model, features):
+    points = [Point(0.3, 1.0, 0.9), Point(1e30, 1.0, 0.9), Point(1e-9, 1.0, 0.9)]
+    budget, found, ended = Budget(80, 10, patience=3), [], {}
+    for parallel in ("single", "cores"):
+
+        def see(e, parallel=parallel):
+            for place, point, seed in e.chunk.wanted:
+                state = e.state(*place)
+                ended[parallel, point, seed] = int(state.train.step), int(state.diverged_at)
+
+        swept = sweep(
+            build(model, features), digits(), points, (0, 1), budget,
+            parallel=parallel, on_evaluation=see,
+        )  # fmt: skip
+        found.append([r for rs in swept for r in rs])
+    for one, other in zip(*found, strict=True):
+        for name in ("test_loss", "train_loss", "validation_accuracy"):
+            assert [v is None for v in one[name]] == [v is None for v in other[name]]
+            values = ([v for v in r[name] if v is not None] for r in (one, other))
+            np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-6)
+        for name in ("diverged_at", "stopped_at", "restored"):
+            assert one[name] == other[name]
+    stopped = [r for r in found[1] if r["stopped_at"]]
+    assert any(r["stopped_at"] < 80 for r in stopped)
+    for r in stopped:  # and is not trained past that
+        assert ended["cores", Point.of(r), r["seed"]] == (r["stopped_at"], -1)
+    assert ended["cores", points[1], 0] == ended["single", points[1], 0]
 
 
 def interrupted(self, timeout=None):

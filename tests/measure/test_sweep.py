@@ -154,6 +154,15 @@ def test_a_run_that_is_not_finite_is_diverged_from_then_on(digits):
     assert large["train_loss"] == [None, None, None]
 
 
+def test_with_64_bits_too(digits):
+    """Where a user has set it, for something of his own."""
+    (expected,) = records(build(digits), digits, POINTS[:1], (0,))
+    with jax.enable_x64(True):
+        (found,) = records(build(digits), digits, POINTS[:1], (0,))
+    assert found["train_accuracy"] != [None] * 3
+    assert found.keys() == expected.keys()
+
+
 class Orthogonal(nn.Module):
     """Two kernels that LAPACK makes."""
 
