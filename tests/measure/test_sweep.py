@@ -159,8 +159,7 @@ def test_with_64_bits_too(digits):
     (expected,) = records(build(digits), digits, POINTS[:1], (0,))
     with jax.enable_x64(True):
         (found,) = records(build(digits), digits, POINTS[:1], (0,))
-    assert found["train_accuracy"] != [None] * 3
-    assert found.keys() == expected.keys()
+    np.testing.assert_allclose(found["test_accuracy"], expected["test_accuracy"], atol=0.05)
 
 
 class Orthogonal(nn.Module):
