@@ -45,7 +45,19 @@ def engine_class(one: Traced, layout: Single) -> type[Together | InTurn]:
     return InTurn if in_turn or layout.parts > 1 else Together
 
 
-class Together:
+class _Engine:
+    def advance(
+        self, state: Any, chunk: Chunk, first_step: int, going: np.ndarray | None = None
+    ) -> Any:
+        """The state `eval_every` steps later, which is queued and not waited for."""
+        return self.lap(state, chunk, self.order(chunk, first_step), 0)
+
+    def pick(self, state: Any, i: int, j: int) -> RunState:
+        """A copy of the state of the run of point i and seed j."""
+        return self._layout.own(state, i, j)
+
+
+class Together(_Engine):
     """A chunk of any size at once."""
 
     limit = None
@@ -102,12 +114,6 @@ class Together:
         """The state of every run before its first step."""
         return self._init(None, *_put(self._layout, chunk), self._dataset.train)
 
-    def advance(
-        self, state: Any, chunk: Chunk, first_step: int, going: np.ndarray | None = None
-    ) -> Any:
-        """The state `eval_every` steps later."""
-        return self.lap(state, chunk, self.order(chunk, first_step), 0)
-
     def order(self, chunk: Chunk, first_step: int) -> jax.Array:
         """The examples of the next `eval_every` steps, int32 `[seeds, steps, batch]`."""
         return self._order(chunk, first_step)
@@ -136,12 +142,8 @@ class Together:
         sums = [count(state, *inputs, *held_out) for count, held_out in pairs]
         return _report(state, sums, self._dataset, self._budget)
 
-    def pick(self, state: Any, i: int, j: int) -> RunState:
-        """A copy of the state of the run of point i and seed j."""
-        return self._layout.own(state, i, j)
 
-
-class InTurn:
+class InTurn(_Engine):
     """A chunk of one run, or of one on each device."""
 
     limit = 1
@@ -192,12 +194,6 @@ class InTurn:
         state = self._init(None, *_put(self._layout, chunk), self._dataset.train)
         return self._layout.put(state, "run")
 
-    def advance(
-        self, state: Any, chunk: Chunk, first_step: int, going: np.ndarray | None = None
-    ) -> Any:
-        """The state `eval_every` steps later; the steps are queued, not waited for."""
-        return self.lap(state, chunk, self.order(chunk, first_step), 0)
-
     def order(self, chunk: Chunk, first_step: int) -> jax.Array:
         """The examples of the next `eval_every` steps, `[points, seeds, batch, steps]`."""
         order = self._order(None, *_put(self._layout, chunk), np.int32(first_step))
@@ -223,10 +219,6 @@ class InTurn:
                 self._layout.wait(parts)
             sums.append(jax.tree.map(lambda *v: sum(v), *parts))
         return _report(state, sums, self._dataset, self._budget)
-
-    def pick(self, state: Any, i: int, j: int) -> RunState:
-        """A copy of the state of the run of point i and seed j."""
-        return self._layout.own(state, i, j)
 
 
 def _summing_from_0(state, since):
