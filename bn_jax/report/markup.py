@@ -16,7 +16,7 @@ CSS = """
   --ink: #e6e9ec; --faint: #a2abb5; --line: #3a4149; --paper: #15181b; --raised: #20252a;
   --accent: #56b4e9; --wrong: #ff8a80; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 50rem; color: var(--ink);
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 56rem; color: var(--ink);
   background: var(--paper); line-height: 1.55;
   font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 1rem; text-wrap: balance; }
