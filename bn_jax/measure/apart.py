@@ -27,7 +27,8 @@ class Apart:
     Between two evaluations a run goes from core to core in laps, of which there are so many
     that all cores end at about the same time: two cores train five runs in 2.5 times what one
     takes, not in 3: the bound of McNaughton 1959, "Scheduling with deadlines and loss
-    functions", for work that may be interrupted. Its interface is that of the engines; a state is a list of `RunState`s.
+    functions", for work that may be interrupted. Its interface is that of the engines; a state
+    is a list of `RunState`s.
     """
 
     def __init__(self, make: type, run: Any, dataset: Any, budget: Budget, layout: Any,
