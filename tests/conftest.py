@@ -69,6 +69,17 @@ def one_device_unless_told():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def arrays_of_digits(tmp_path_factory):
+    """Kept for the session, and not in the cache of whoever runs the tests."""
+    from bn_jax.data import dataset
+
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset, "default_cache_dir", lambda: folder)
+        yield
+
+
 @pytest.fixture
 def x64():
     with jax.enable_x64(True):

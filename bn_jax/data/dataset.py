@@ -111,10 +111,10 @@ def load(
 
 
 def _arrays(name, data_dir, cache_dir, say):
-    if name in TOYS:
-        return TOYS[name]()
-    source = tfds.Source(name, tfds.resolve_data_dir(data_dir))
     folder = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+    if name in TOYS:
+        return TOYS[name](folder)
+    source = tfds.Source(name, tfds.resolve_data_dir(data_dir))
     return cached(name, source.fingerprint(), folder, lambda: tfds.read(source, say))
 
 

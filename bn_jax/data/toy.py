@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+from pathlib import Path
+
 import numpy as np
 
 from bn_jax.data.arrays import Arrays
+from bn_jax.data.cache import cached
 
 
-def circles() -> Arrays:
+def circles(_: Path) -> Arrays:
     """Two noisy concentric circles: 500 points to train, 500 to test, 2 classes.
 
     `sklearn.datasets.make_circles(1000, noise=0.1, random_state=1)` to the bit, without the
@@ -22,11 +26,21 @@ def circles() -> Arrays:
     return Arrays.create(points[:500], labels[:500], points[500:], labels[500:], 2)
 
 
-def digits() -> Arrays:
+def digits(cache_dir: Path) -> Arrays:
     """1,797 handwritten digits of 8 x 8 pixels, 0 to 16 (UCI optdigits): 1,347 and 450.
 
-    The split is ours, fixed and stratified: scikit-learn's copy has none.
+    The split is ours, fixed and stratified: scikit-learn's copy has none. They are kept in
+    `cache_dir` where that can be written: a process that has them there starts .6 s sooner,
+    which is what importing scikit-learn takes.
     """
+    version = importlib.metadata.version("scikit-learn")
+    try:
+        return cached("digits", f"scikit-learn {version}", cache_dir, _split_digits)
+    except OSError:
+        return _split_digits()
+
+
+def _split_digits():
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

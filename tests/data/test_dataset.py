@@ -4,13 +4,14 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits, make_circles
 
 from bn_jax.data import dataset as dataset_module
-from bn_jax.data import load
+from bn_jax.data import load, toy
 from bn_jax.data.arrays import Arrays
 from bn_jax.errors import UserError
 
@@ -30,7 +31,7 @@ def stand_in(monkeypatch):
     def install(inputs):
         labels = np.arange(len(inputs)) % 2
         arrays = Arrays.create(inputs, labels, inputs[:4], labels[:4], 2)
-        monkeypatch.setitem(dataset_module.TOYS, "stand-in", lambda: arrays)
+        monkeypatch.setitem(dataset_module.TOYS, "stand-in", lambda cache_dir: arrays)
 
     return install
 
@@ -79,6 +80,18 @@ def test_the_test_digits_are_stratified():
     counts = np.bincount(np.asarray(load("digits").test.labels))
     assert counts.min() >= 43
     assert counts.max() <= 46
+
+
+def test_digits_come_from_the_cache_the_second_time(tmp_path, monkeypatch):
+    first = load("digits", cache_dir=tmp_path)
+    monkeypatch.setattr(toy, "_split_digits", None)
+    jax.tree.map(np.testing.assert_array_equal, first, load("digits", cache_dir=tmp_path))
+
+
+def test_digits_need_no_cache(tmp_path):
+    (tmp_path / "file").touch()
+    found = load("digits", cache_dir=tmp_path / "file" / "folder")
+    jax.tree.map(np.testing.assert_array_equal, found, load("digits", cache_dir=tmp_path))
 
 
 def test_circles_are_scikit_learns():
