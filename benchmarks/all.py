@@ -32,10 +32,12 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "input": (),
     "scaling": (f"--figure=docs/{FIGURE}",),
     "collectives": (),
+    "passes": (),
     "tricks": (),
     "gpu": (),
 }
-ON_GPU = ("gpu",)
+# That want a GPU, or packages for one and for a TPU.
+ELSEWHERE = ("gpu", "passes")
 INTRODUCTION = """\
 # Performance
 
@@ -49,7 +51,9 @@ ratios tell more than milliseconds, as a machine that is shared has slow minutes
 class Config:
     """See `python -m benchmarks.all --help`."""
 
-    only: tuple[str, ...] = flag((), "programs to run; by default all but those of a GPU")
+    only: tuple[str, ...] = flag(
+        (), f"programs to run; by default all but {', '.join(ELSEWHERE)}"
+    )
     out: str = flag("docs/performance.md", "the page")
 
     def __post_init__(self):
@@ -63,7 +67,7 @@ def run(config: Config) -> None:
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     found = sections(out.read_text() if out.exists() else "")
-    for name in config.only or [n for n in PROGRAMS if n not in ON_GPU]:
+    for name in config.only or [n for n in PROGRAMS if n not in ELSEWHERE]:
         start = time.perf_counter()
         found[name] = section(name, printed(name))
         write_atomically(out, page(found))

@@ -2,9 +2,10 @@
 
 Batches of 256, Adam, float32. Every side is in a process of its own, as its users would have
 it: ours with what `bn_jax.training.xla` sets, the peers without. `step` is on one batch in
-memory that is float32 already; `epoch` takes its images from bytes, shuffled, moved and
-mirrored (Keras' layers interpolate where the others move by whole pixels). All sides do one
-after the other in every round, and ratios are the medians of those within a round.
+memory, in float32 already for torch and Keras, in bytes for bn_jax and Flax; `epoch` takes its
+images from bytes, shuffled, moved and mirrored (Keras' layers interpolate where the others move
+by whole pixels). All sides do one after the other in every round, and ratios are the medians of
+those within a round.
 
 Below, the FLOP of a step (XLA's count of its program before optimisation) over its time, as a
 share of what one large matrix product reaches here.

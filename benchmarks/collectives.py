@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import optax
 
+from benchmarks.where import describe_machine
 from bn_jax.data import Split
 from bn_jax.linen import BatchNorm, GhostBatchNorm
 from bn_jax.measure.timing import interleave
@@ -132,6 +133,7 @@ def run(config: Config) -> None:
     set_flags()
     jax.config.update("jax_num_cpu_devices", max(config.devices))
     found = measure(config.devices, config.batch, config.rounds)
+    print(describe_machine() + "\n")
     print("| devices | engine | share statistics | all-reduces | kB in them | examples/s |")
     print("| --: | :-- | :-- | --: | --: | --: |")
     for case, sent, speed in found:

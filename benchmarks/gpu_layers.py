@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from benchmarks import contestants, layer
 from benchmarks.contestants import BOTH, BOTH_WITH_RELU, Task
 from benchmarks.gpu_timer import Make, Row, Timer
+from bn_jax.errors import UserError
 
 OURS, FLAX = "bn_jax", "flax fast"
 FLOAT = 4  # bytes
@@ -69,7 +70,11 @@ def random_arrays(shape: str, dtype: str) -> tuple[jax.Array, jax.Array]:
 
 
 def makers(task: Task, arrays: Arrays) -> dict[str, Make]:
-    """Of our layer, Flax's, and torch's where it has CUDA."""
+    """Of our layer, Flax's and torch's.
+
+    torch is asked for no sooner than its own turn: where it has no CUDA, or cannot be
+    imported, that costs its row alone.
+    """
 
     def of_jax(name):
         x, dy = arrays()
@@ -78,9 +83,7 @@ def makers(task: Task, arrays: Arrays) -> dict[str, Make]:
         return functools.partial(both, *contestants.initial(x.shape[-1]), x, dy)
 
     found = {name: functools.partial(of_jax, name) for name in (OURS, FLAX)}
-    if contestants.has_cuda_torch():
-        found["torch"] = lambda: on_gpu(task, *arrays())
-    return found
+    return found | {"torch": lambda: on_gpu(task, *arrays())}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +95,13 @@ class Queued:
 
 
 def on_gpu(task: Task, x: jax.Array, dy: jax.Array) -> Callable[[], Queued]:
-    """torch's layer with CUDA."""
+    """torch's layer with CUDA.
+
+    Raises:
+      UserError: it has none, or JAX has not.
+    """
+    if not contestants.has_cuda_torch():
+        raise UserError("no torch with CUDA beside JAX on a GPU")
     torch = contestants.import_torch()
     call = contestants.torch_layer(task, x, dy, "cuda")
     return lambda: Queued(call(), torch.cuda.synchronize)

@@ -21,10 +21,13 @@ from bn_jax.linen import BatchNorm
 from bn_jax.models import Inception, ResNet50
 from bn_jax.training.optimizers import optimizer
 from bn_jax.training.run import Swept
+from bn_jax.training.state import TrainState
 from bn_jax.training.step import init_state, train_step
+from bn_jax.training.xla import run_once
 
 OURS, WITHOUT = "bn_jax", "none"
 NORMS = {OURS: BatchNorm, WITHOUT: None, "flax": nn.BatchNorm}
+RULE, RATE = "sgd_momentum", 0.1
 # With a scale of 0 in a block's last norm a good part of what is multiplied would be zeros,
 # on which a GPU is faster.
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
@@ -44,8 +47,11 @@ def with_and_without_norm(
     them have a bias, so what u saves is a little less than what the norms take.)
     """
     data = functools.cache(functools.partial(random_batch, batch, size))
+    # Variables have the same names in both norms, so that two states do for three networks.
+    start = functools.cache(lambda norm: started(name, norm, data()[0][:1]))
     makers = {
-        n: functools.partial(training_step, name, norm, data) for n, norm in NORMS.items()
+        n: functools.partial(training_step, name, norm, data, start)
+        for n, norm in NORMS.items()
     }
     found = timed(makers, calls)
     without = found[WITHOUT]["seconds"]
@@ -68,15 +74,40 @@ def random_batch(batch: int, size: int) -> tuple[jax.Array, jax.Array]:
     return images, jax.random.randint(keys[1], (batch,), 0, CLASSES)
 
 
+def network(name: str, norm: Any) -> nn.Module:
+    """In bfloat16."""
+    return NETWORKS[name](norm=norm, dtype=jnp.bfloat16)
+
+
+def first_state(name: str, norm: Any, key: jax.Array, example: jax.Array) -> TrainState:
+    """Of a network for images like the example, `[1, height, width, 3]`."""
+    return init_state(key, network(name, norm), optimizer(RULE, RATE), example)
+
+
+def started(name: str, norm: Any, example: jax.Array) -> TrainState:
+    """`first_state`, always with the same weights."""
+    init = functools.partial(first_state, name, norm)
+    return jax.jit(init, compiler_options=run_once())(jax.random.key(1), example)
+
+
 def training_step(
-    name: str, norm: Any, data: Callable[[], tuple[jax.Array, jax.Array]]
+    name: str,
+    norm: Any,
+    data: Callable[[], tuple[jax.Array, jax.Array]],
+    start: Callable[[Any], TrainState],
 ) -> Callable[[], Any]:
-    """Its call gives the state after the first step of a run, and the loss before it."""
-    inputs, labels = data()
-    model, tx = NETWORKS[name](norm=norm, dtype=jnp.bfloat16), optimizer("sgd_momentum", 0.1)
-    state = jax.jit(lambda key: init_state(key, model, tx, inputs[:1]))(jax.random.key(1))
-    step = jax.jit(functools.partial(train_step, model=model, optimizer=tx))
-    return functools.partial(step, state, inputs, labels)
+    """Its call gives the state after the first step of a run, and the loss before it.
+
+    `start` is given a norm whose variables have the names of this one's.
+    """
+    state, step = start(norm and BatchNorm), step_of(name, norm)
+    return functools.partial(jax.jit(step), state, *data())
+
+
+def step_of(name: str, norm: Any) -> Callable[..., Any]:
+    """(state, images, labels) to the state after a training step, and the loss before it."""
+    model, tx = network(name, norm), optimizer(RULE, RATE)
+    return functools.partial(train_step, model=model, optimizer=tx)
 
 
 def cifar10(
@@ -109,7 +140,8 @@ def network_a(
     image = split.inputs.shape[1:]
     run = ours.training(Task("cifar_a", features, image, n, batch, augment=True))
     swept, key = Swept(*np.float32([1e-3, 1, 0.99])), jax.random.key(0)
-    start = functools.cache(lambda: jax.jit(run.init)(key, swept, split.inputs))
+    init = jax.jit(run.init, compiler_options=run_once())
+    start = functools.cache(lambda: init(key, swept, split.inputs))
     order = jax.jit(lambda key: run.batches(key, 0, steps))
     step = jax.jit(lambda state, split, rows, i: run.step(state, swept, split, rows[i]))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from bn_jax.errors import UserError
 from bn_jax.measure.timing import interleave
 
 SKIPPED = "skipped"
@@ -70,9 +71,11 @@ def warm(call: Callable[[], Any], calls: int) -> Callable[[], Any]:
 
 
 def reason(error: Exception) -> str:
-    """What a table says of it; the traceback of anything but a lack of memory is printed."""
+    """What a table says of it; the traceback of what nobody foresaw is printed."""
     text = f"{type(error).__name__}: {error}"
     if "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
         return "out of memory"
+    if isinstance(error, UserError):
+        return str(error)
     traceback.print_exception(error)
     return text.splitlines()[0][:80]

@@ -1,7 +1,7 @@
 """How fast data comes: from disk to the device, changed on the device, decoded from JPEG.
 
 - The second start of a set that is cached: `bn_jax.data.load` until its arrays are on the
-  device.
+  device, in a process that has loaded it before.
 - Augmentation beside the step of the network that it is for: CIFAR-10's network A.
 - ImageNet's pipeline on JPEG files made here, 500 x 400 of 1/f noise, per core: decoding
   alone, with the centre crop, with the random one.
@@ -23,6 +23,7 @@ from PIL import Image
 
 from benchmarks.peers import ours
 from benchmarks.peers.task import Task
+from benchmarks.where import describe_machine
 from bn_jax.data import augmentation, images, load
 from bn_jax.errors import UserError
 from bn_jax.measure.timing import interleave
@@ -106,6 +107,7 @@ def jpeg(seed: int, height: int = 400, width: int = 500) -> bytes:
 def run(config: Config) -> None:
     """Prints three tables, in Markdown."""
     set_up()
+    print(describe_machine("tensorflow-datasets", "pillow") + "\n")
     print("| second start | seconds until its arrays are on the device |\n| :-- | --: |")
     for name in config.datasets:
         seconds = loading(name, config.data_dir, config.rounds)

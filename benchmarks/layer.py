@@ -145,11 +145,24 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def verdict(rows: list[dict[str, Any]]) -> list[str]:
-    """bn_jax's shares of Flax's time beside those of the floor and the targets."""
+    """bn_jax's shares of others' time and memory, beside those of the floor and the targets."""
     ours = [row for row in rows if row["contestant"] == OURS]
-    worst = max(ours, key=lambda row: row["to_flax"])
-    most = "- at most {to_flax:.2f} ({task}, {shape} {dtype}; target 1)".format(**worst)
-    lines = ["Of Flax's time bn_jax takes", most]
+
+    def at_most(unit, share, target):
+        found = [(share(row), row) for row in ours if share(row)]
+        if not found:
+            return []
+        most, row = max(found, key=lambda pair: pair[0])
+        where = "{task}, {shape} {dtype}".format(**row)
+        return [f"- at most {most:.2f} of {unit} ({where}; target {target})"]
+
+    lines = [
+        "bn_jax takes",
+        *at_most("Flax's time", lambda row: row["to_flax"], 1),
+        *at_most("torch's time", lambda row: beside(rows, row, "torch", "to_flax"), 1),
+        *at_most("the floor", lambda row: row["to_floor"], 2),
+        *at_most("Flax's memory", lambda row: beside(rows, row, BASELINE, "allocated"), 1),
+    ]
     largest = max((row["shape"] for row in ours), key=lambda s: math.prod(sizes(s)))
     for task, target in TARGETS.items():
         shares = [
@@ -159,8 +172,19 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
             for row in ours
             if (row["shape"], row["task"]) == (largest, task)
         ]
-        lines.append(f"- {', '.join(shares)} ({task}, {largest}; target {target})")
+        about = f"{task}, {largest}; target {target}"
+        lines.append(f"- of Flax's time {', '.join(shares)} ({about})")
     return lines
+
+
+def beside(rows: list[dict[str, Any]], row: dict[str, Any], name: str, what: str) -> float:
+    """A row's number over that of a contestant at the same task, 0 where there is none."""
+    same = ("shape", "dtype", "task")
+    for other in rows:
+        alike = all(other[key] == row[key] for key in same)
+        if alike and other["contestant"] == name and other[what]:
+            return row[what] / other[what]
+    return 0.0
 
 
 if __name__ == "__main__":

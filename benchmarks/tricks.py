@@ -1,7 +1,8 @@
 """What each thing that we do for speed gains: the same work with it and without it.
 
-Both are timed side by side, and `gain` is the median of the ratios within a round. What gains
-less than 10 % where it counts has no place in the code. BN+ReLU as one function is there for
+Both are timed side by side, and `gain` is the median of the ratios within a round; beside it
+stands what the gain should come from. What gains less than 10 % where it counts has no place in
+the code. BN+ReLU as one function is there for
 memory, and not for time: it keeps nothing but x, where ReLU by itself keeps its mask
 (`benchmarks.layer`, column `kept`).
 
@@ -83,10 +84,11 @@ class Config:
 
 
 class Trick(NamedTuple):
-    """Two calls that do the same."""
+    """Two calls that do the same, and why the first should take less."""
 
     what: str
     instead: str
+    should: str
     on: Callable[[], Any]
     off: Callable[[], Any]
 
@@ -101,8 +103,9 @@ def run(config: Config) -> dict[str, float]:
         seconds = interleave({"on": trick.on, "off": trick.off}, config.rounds)
         gains[trick.what] = median_ratio(seconds, "off", "on")
         times = (padded(1e3 * statistics.median(seconds[k])) for k in ("on", "off"))
-        rows.append([trick.what, trick.instead, *times, f"{gains[trick.what]:.2f}"])
-    print(table(["what", "in place of", "ms", "ms without", "gain"], rows))
+        gain = f"{gains[trick.what]:.2f}"
+        rows.append([trick.what, trick.instead, *times, gain, trick.should])
+    print(table(["what", "in place of", "ms", "ms without", "gain", "should gain"], rows))
     return gains
 
 
@@ -134,18 +137,27 @@ def of_layers(config: Config) -> Iterator[Trick]:
 
     with mock.patch("bn_jax.core.moments._raw_sums_first", return_value=False):
         shifted = forward()
-    yield Trick("raw sums where means are near 0", "sums about a shift", forward(), shifted)
-    yield Trick("gradient in closed form", "autodiff's", both(closed), both(plain))
+    yield Trick(
+        "raw sums where means are near 0", "sums about a shift",
+        "XLA sums what is stored in half the time of what it computes", forward(), shifted,
+    )  # fmt: skip
+    yield Trick(
+        "gradient in closed form", "autodiff's",
+        "8 passes over the array, and none over what autodiff keeps", both(closed), both(plain),
+    )  # fmt: skip
     half = x.astype(jnp.bfloat16), dy.astype(jnp.bfloat16)
     with contextlib.ExitStack() as patched:
-        for module in ("arrays", "moments", "backward"):
+        for module in ("arrays", "moments", "batch_norm"):
             name = f"bn_jax.core.{module}.is_stored_wide"
             patched.enter_context(mock.patch(name, return_value=False))
         copied = both(closed, *half)
     own = both(closed, *half)
-    yield Trick("bfloat16 under a name for each sum", "under one name", own, copied)
     yield Trick(
-        "BN+ReLU as one function", "one after the other",
+        "bfloat16 under a name for each sum", "under one name",
+        "half: no float32 copies, which have twice the bytes", own, copied,
+    )  # fmt: skip
+    yield Trick(
+        "BN+ReLU as one function", "one after the other", "no time, but memory",
         both(functools.partial(closed, activation=nn.relu)),
         both(lambda *v: nn.relu(closed(*v))),
     )  # fmt: skip
@@ -160,6 +172,7 @@ def pooling(config: Config) -> Trick:
 
     return Trick(
         "max-pool in slices", "flax.linen.max_pool",
+        "maxima of whole arrays, of which the gradient is a comparison and no scatter",
         both(lambda x: max_pool(x, 2, 2, "VALID")),
         both(lambda x: nn.max_pool(x, (2, 2), (2, 2))),
     )  # fmt: skip
@@ -180,6 +193,7 @@ def of_sweeps(config: Config) -> Iterator[Trick]:
 
     yield Trick(
         "shuffling by single 64-bit numbers", "jax.random.permutation",
+        "half or less: one array to sort, and XLA's fast way to do so",
         shuffle(permutation), shuffle(jax.random.permutation),
     )  # fmt: skip
 
@@ -188,21 +202,34 @@ def of_sweeps(config: Config) -> Iterator[Trick]:
 
     with mock.patch.object(engines, "Ahead", lambda order, *_: order):
         between = trained(config.runs)
-    yield Trick("shuffling beside the steps", "between them", trained(config.runs), between)
+    yield Trick(
+        "shuffling beside the steps", "between them",
+        "the time of the sorts, which have one core", trained(config.runs), between,
+    )  # fmt: skip
     with mock.patch.object(engines, "without_library", dict):
         library = trained(config.runs)
-    yield Trick("sweeps without the YNN library", "with it", trained(config.runs), library)
+    yield Trick(
+        "sweeps without the YNN library", "with it",
+        "its sums take several times as long over vmapped batches",
+        trained(config.runs), library,
+    )  # fmt: skip
     with mock.patch.object(dense, "FEW", 0):
         products = trained(config.runs)
-    yield Trick("few inputs row by row", "lax.dot_general", trained(config.runs), products)
+    yield Trick(
+        "few inputs row by row", "lax.dot_general",
+        "2 inputs are two products and a sum, which fuse with what follows",
+        trained(config.runs), products,
+    )  # fmt: skip
     alone = trained(1)
     yield Trick(
         f"{config.runs} runs in one program", "one after another",
+        "what starting an operation takes, for all runs but one",
         trained(config.runs), lambda: [alone() for _ in range(config.runs)],
     )  # fmt: skip
     small = Task("mlp", (100, 100, 100), (8, 8, 1), 60 * config.steps, 60, augment=False)
     yield Trick(
         f"{config.seeds} runs on cores of their own", "in one program",
+        "up to the number of cores, as operations are too small to be shared out",
         *(ours.trainer(small, config.seeds, parallel=p)[1] for p in ("cores", "single")),
     )  # fmt: skip
 
@@ -212,6 +239,7 @@ def of_networks(config: Config) -> Iterator[Trick]:
     yield pooling(config)
     yield Trick(
         "convolutional steps from Python", "in a scan",
+        "XLA takes convolutions in a loop to one core, and to a plain loop nest",
         *(ours.trainer(CNN, make=make)[1] for make in (engines.InTurn, engines.Together)),
     )  # fmt: skip
     n = config.batch
@@ -226,10 +254,13 @@ def of_networks(config: Config) -> Iterator[Trick]:
         )
     ]
     names = (
-        ("XLA's own convolutions", "those of YNN"),
-        ("swapping axes for kernel gradients apart", "together with what came before"),
-        ("large blocks of memory kept", "mapped anew"),
-    )
+        ("XLA's own convolutions", "those of YNN", "half of the step"),
+        (
+            "swapping axes for kernel gradients apart", "together with what came before",
+            "BatchNorm and ReLU computed once more in a swapped order: a fifth of the step",
+        ),
+        ("large blocks of memory kept", "mapped anew", "the kernel clears pages: a sixth"),
+    )  # fmt: skip
     for name, other in zip(names, others, strict=True):
         steps = (functools.partial(side.call, "step") for side in (ours_all, other))
         yield Trick(*name, *steps)

@@ -3,13 +3,15 @@
 The recipe of Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU"
 (arXiv:2404.00498), and the same with another momentum of BatchNorm's running statistics, with
 a scale that is trained (at the rate of the kernels), with biases that are trained at the rate
-of the kernels, with ghost batches, and without BatchNorm, whose place then biases of the
-convolutions take, at the best of several rates.
+of the kernels, with ghost batches of two sizes, and without BatchNorm, whose place then
+biases of the convolutions take, at the best of several rates.
 
 Otherwise than in the source: GELU is by its tanh approximation; the gradient of a max-pool is
 shared where there are several maxima; parameters are float32, as are activations unless
 `--dtype=bfloat16`, where the source has float16 for both; and every evaluation, not only the
-last, is with all views of an image.
+last, is with all views of an image. The source's seconds are of whitening, training and the
+last evaluation; ours are of training and an evaluation, a run's share where several train
+together, and whitening, which is done once for all runs, is left out.
 
 Made for a GPU, where a run takes seconds; on two cores it takes hours, and `--quick` trains
 a narrow network on digits.
@@ -34,6 +36,11 @@ QUESTION = "What does BatchNorm do for a network that learns CIFAR-10 in seconds
 EPSILON = 1e-12
 # Factors on the learning rate that the network without BatchNorm tries.
 RATES_WITHOUT = (1.0, 0.3, 0.1, 0.03)
+GHOST_SIZES = (32, 128)
+ARMS = (
+    "bn", "momentum_0.9", "momentum_0.99", "scale", "bias_rate_1", "ghost_32", "ghost_128",
+    "none",
+)  # fmt: skip
 # Mean accuracy of 1,000 runs, and the epochs and seconds of one, on an A100.
 PUBLISHED, PUBLISHED_EPOCHS, PUBLISHED_SECONDS = 0.9401, 9.9, 3.09
 POINTS = 0.002  # so near to the published accuracy it agrees
@@ -59,7 +66,7 @@ class Config(compare.Config):
     QUICK: ClassVar = {
         "dataset": "digits", "features": (16, 32), "learning_rates": (30.0,),
         "batch_size": 64, "steps": 208, "eval_every": 26, "seeds": 2, "target": 0.9,
-        "ghost_size": 16, "translate": 1, "arms": ("bn", "bias_rate_1", "none"),
+        "translate": 1, "arms": ("bn", "bias_rate_1", "none"),
     }  # fmt: skip
 
     dataset: str = flag("cifar10", "as in experiments.compare, of images")
@@ -68,10 +75,7 @@ class Config(compare.Config):
     )
     model: str = flag("airbench", "the recipe has its own")
     activation: str = flag("gelu", "relu, sigmoid, tanh, elu or gelu")
-    arms: tuple[str, ...] = flag(
-        ("bn", "momentum_0.9", "momentum_0.99", "scale", "bias_rate_1", "ghost", "none"),
-        "the recipe, bn, and what to change in it, of these",
-    )
+    arms: tuple[str, ...] = flag(ARMS, "the recipe, bn, and what to change in it, of these")
     learning_rates: tuple[float, ...] = flag(
         (11.5,), "learning rates for 1,024 examples; none tries 1, .3, .1 and .03 of each"
     )
@@ -83,7 +87,6 @@ class Config(compare.Config):
     label_smoothing: float = flag(0.2, "as in experiments.compare")
     translate: int = flag(2, "pixels that a training image is moved by at most")
     views: int = flag(6, "views of an image in an evaluation: 1, 2 (mirrored) or 6 (moved)")
-    ghost_size: int = flag(128, "examples in a ghost batch")
     dtype: str = flag("float32", "of the activations: float32 or bfloat16")
     seeds: int = flag(20, "how many seeds at each point of the grid")
     batch_size: int = flag(1024, "examples in a training step")
@@ -104,9 +107,8 @@ class Config(compare.Config):
             if getattr(self, name) not in known:
                 listed = ", ".join(map(str, known))
                 raise UserError(f"--{name}={getattr(self, name)}: choose from {listed}")
-        for name, least in (("translate", 0), ("ghost_size", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name}={getattr(self, name)}: it must be at least {least}")
+        if self.translate < 0:
+            raise UserError(f"--translate={self.translate}: it must be at least 0")
         if self.bias_rate <= 0:
             raise UserError(f"--bias_rate={self.bias_rate}: it must be positive")
 
@@ -133,7 +135,7 @@ def arms(config: Config) -> dict[str, compare.Arm]:
 
     fields = {"epsilon": EPSILON, "use_scale": False, "unbiased": True}
     norm = functools.partial(BatchNorm, **fields)
-    ghost = functools.partial(GhostBatchNorm, group_size=config.ghost_size, **fields)
+    ghosts = {n: functools.partial(GhostBatchNorm, group_size=n, **fields) for n in GHOST_SIZES}
     rates = {
         f"{factor * rate:.9g}" for rate in config.learning_rates for factor in RATES_WITHOUT
     }
@@ -143,7 +145,7 @@ def arms(config: Config) -> dict[str, compare.Arm]:
         "momentum_0.99": compare.Arm(norm, {"momentums": (0.99,)}),
         "scale": compare.Arm(functools.partial(norm, use_scale=True)),
         "bias_rate_1": compare.Arm(norm, {"bias_rate": 1.0}),
-        "ghost": compare.Arm(ghost),
+        **{f"ghost_{n}": compare.Arm(ghost) for n, ghost in ghosts.items()},
         "none": compare.Arm(None, {"learning_rates": tuple(sorted(map(float, rates)))}),
     }
 
@@ -184,8 +186,14 @@ def measured(training: compare.Training, arm: dict[str, Any]) -> dict[str, Any]:
             "median": divided(needed["median"], epoch),
             "ci95": [divided(end, epoch) for end in needed["ci95"]],
         },
-        "training_seconds": crossed.estimate([r["seconds"]["training"] for r in runs]),
+        "run_seconds": crossed.estimate([run_seconds(r) for r in runs]),
     }
+
+
+def run_seconds(record: dict[str, Any]) -> float:
+    """Of training and of one evaluation, the last as it were."""
+    seconds = record["seconds"]
+    return seconds["training"] + seconds["evaluation"] / len(record["steps"])
 
 
 def mean(values: list[float]) -> dict[str, Any]:
@@ -201,11 +209,14 @@ def divided(steps: float | None, epoch: int) -> float | None:
 
 
 def rows(config: Config, found: list[dict]) -> Iterator[dict]:
-    """The recipe beside the source: mean accuracy, epochs, seconds (of another machine)."""
+    """The recipe beside the source: mean accuracy, epochs, seconds (of another machine).
+
+    These are of training and the last evaluation.
+    """
     for arm in found:
         if arm["arm"] != "bn":
             continue
-        value, seconds = arm["mean_accuracy"]["mean"], arm["training_seconds"]["median"]
+        value, seconds = arm["mean_accuracy"]["mean"], arm["run_seconds"]["median"]
         yield {
             "quantity": f"bn: test accuracy, mean of {arm['seeds']} runs",
             "here": f"{value:.2%}" + ("" if config.is_whole else f" ({config.dataset})"),
@@ -218,7 +229,7 @@ def rows(config: Config, found: list[dict]) -> Iterator[dict]:
             "source": f"{PUBLISHED_EPOCHS}",
         }
         yield {
-            "quantity": "bn: seconds of training of a run",
+            "quantity": "bn: seconds of a run, its last evaluation among them",
             "here": f"{seconds:.3g}",
             "source": f"{PUBLISHED_SECONDS} (A100)",
         }

@@ -16,13 +16,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bn_jax.data.imagenet import Batch
-from bn_jax.measure.engines import RUN_ONCE
 from bn_jax.measure.layouts import Single
 from bn_jax.training.metrics import correct, cross_entropy, in_top
 from bn_jax.training.parallel import AXIS, batch_mesh
 from bn_jax.training.skip import skip_nonfinite
 from bn_jax.training.state import TrainState
 from bn_jax.training.step import init_state, unguarded_step
+from bn_jax.training.xla import run_once
 
 # Of ImageNet's training images in [0, 1], red, green and blue.
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
@@ -157,7 +157,7 @@ class Programs:
         images, seed = np.zeros((1, image_size, image_size, 3), np.uint8), np.int32(0)
         kinds = ("rows",) * len(batch)
         init = layout.program(network.init, ("all", "all"))
-        self._init = init.lower(seed, images).compile(RUN_ONCE)
+        self._init = init.lower(seed, images).compile(run_once())
         self._images = images
         state = jax.eval_shape(network.init, seed, images)
         step = layout.program(network.step, ("all", *kinds), (0,))

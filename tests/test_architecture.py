@@ -14,7 +14,15 @@ ALLOWED = {
     "core": {"jax"},
     "linen": {"bn_jax.core", "flax", "jax"},
     "nnx": {"bn_jax.core", "flax", "jax"},
-    "surgery": {"bn_jax.core", "bn_jax.linen", "bn_jax.nnx", "flax", "jax", "numpy"},
+    "surgery": {
+        "bn_jax.core",
+        "bn_jax.linen",
+        "bn_jax.nnx",
+        "bn_jax.training.xla",
+        "flax",
+        "jax",
+        "numpy",
+    },
     "models": {"bn_jax.linen", "flax", "jax"},
     "data": {
         "PIL",

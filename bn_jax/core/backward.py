@@ -27,8 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bn_jax.core.arrays import apart, is_stored_wide, weigh
-from bn_jax.core.rounded import rounded_sum
+from bn_jax.core.arrays import apart, weigh
 
 
 class Arguments(NamedTuple):
@@ -50,9 +49,8 @@ def tangent(
     *,
     reduced: tuple[int, ...],
     total: Callable[[tuple], tuple],
-    dtype: jnp.dtype,
-) -> jax.Array:
-    """dy of the equations above, `[...]`.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Three terms of dy of the equations above, `[...]` each: by dx, by h, and the rest.
 
     Args:
       at: the arguments of the function.
@@ -60,7 +58,6 @@ def tangent(
       d: the tangents of the arguments.
       reduced: the axes of x that were averaged over.
       total: the sums over the replicas that share statistics.
-      dtype: that the result, and transposed the cotangent, can be rounded to.
     """
     x, w, scale, bias, epsilon = at
     wide = mean.dtype
@@ -88,10 +85,8 @@ def tangent(
     u = u if scale is None else u + d.scale
     v = -gain * dmean if bias is None else d.bias - gain * dmean
     hu = (again - lax.optimization_barrier(mean)) * (r * u)
-    if not is_stored_wide(dtype):
-        return gain * dx + hu + v
     # Widened by an addition, which keeps x's sharding; a broadcast would not.
-    return rounded_sum(gain * dx, hu, v + jnp.zeros_like(hu), dtype=dtype)
+    return gain * dx, hu, v + jnp.zeros_like(hu)
 
 
 def unit(var: jax.Array) -> jax.Array:

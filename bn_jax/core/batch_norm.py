@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from bn_jax.core import sync as _sync
 from bn_jax.core.arrays import (
     Axes,
     accumulation_dtype,
+    is_stored_wide,
     real_dtype,
     split_axes,
     vary,
@@ -26,6 +28,7 @@ from bn_jax.core.arrays import (
 )
 from bn_jax.core.backward import Arguments, tangent, unit
 from bn_jax.core.moments import Moments, moments
+from bn_jax.core.rounded import rounded_sum
 
 # Of these the derivative is 0 or 1, so that a cotangent in half precision remains one.
 EXACT = (None, jax.nn.relu, jax.nn.relu6)
@@ -219,16 +222,38 @@ def _by_autodiff(static, at, batch):
 def _tangent(static, at, batch, d):
     mean, var = widen(at.x, static.axis, mean=batch.mean, var=batch.var)
     count = jnp.broadcast_to(batch.count, batch.var.shape)
-    dy = tangent(
+    terms = tangent(
         at, mean, var, *widen(at.x, static.axis, count=count), d,
         reduced=split_axes(at.x.shape, static.axis)[1],
         total=functools.partial(_total, static, at.x),
-        dtype=static.dtype if static.activation in EXACT else mean.dtype,
     )  # fmt: skip
+    dtype = static.dtype if static.activation in EXACT else mean.dtype
     if static.activation is None:
-        return dy
-    z = _linear(static, at, batch)
-    return jax.jvp(static.activation, (z,), (dy.astype(z.dtype),))[1]
+        return _added(terms, dtype)
+    found = []
+    for term in (_added(terms, dtype),) if _one_mask() else terms:
+        # A mean for each: else XLA would store the mask after all.
+        batch = batch._replace(mean=lax.optimization_barrier(batch.mean))
+        z = _linear(static, at, batch)
+        found.append(jax.jvp(static.activation, (z,), (term.astype(z.dtype),))[1])
+    return functools.reduce(operator.add, found)
+
+
+def _one_mask() -> bool:
+    """Whether the activation's derivative is taken once, and not for each term again.
+
+    XLA on CPU adds up an array several times as fast as what is computed from two. On a GPU it
+    may store the mask, at a byte for an element, and read it for each pass that has use for it
+    (`benchmarks.passes`).
+    """
+    return jax.default_backend() == "cpu"
+
+
+def _added(terms, dtype):
+    """Their sum, which can be rounded to this dtype, as transposed can the cotangent."""
+    if is_stored_wide(dtype):
+        return rounded_sum(*terms, dtype=dtype)
+    return functools.reduce(operator.add, terms)
 
 
 def _total(static, x, sums):

@@ -65,8 +65,8 @@ def moments(
     Half-precision input is accumulated in float32, float64 in float64. The relative
     error of `var` in float32 stays below 1e-4 for |mean| up to 1e4 std: the sums are of
     x - c and |x - c|^2 with c the mean of a sample of x, so that neither waits for the
-    other (with a mask c is the mean of all of x, in a pass of its own; on one CPU c is 0
-    for a large x whose features all have |mean| up to 2 std). Where the sum
+    other (with a mask c is the mean of all of x, in a pass of its own; on a TPU or one CPU c
+    is 0 for a large x whose features all have |mean| up to 2 std). Where the sum
     of the squares passes 3.4e38 (a std of 1e17, say, of 3e4 elements) `var` is inf.
 
     Args:
@@ -124,9 +124,8 @@ def _local_moments(x: jax.Array, reduced: tuple[int, ...], w: jax.Array | None) 
     if w is not None:
         # Here and not only in the sums: the derivative of a weight of 0 times NaN is NaN.
         x = jnp.where(w > 0, x, 0)
-    if not is_stored_wide(x.dtype):
-        x = x.astype(dtype)  # once; else each sum has its own
 
+    # Of x as it came: a converted one XLA for TPUs would store, to slice it or to branch.
     def about_sample(x):
         first, second = _twice(x, dtype)
         # A mask may leave out the whole sample: then the shift is a mean of its own pass.
@@ -147,6 +146,9 @@ def _local_moments(x: jax.Array, reduced: tuple[int, ...], w: jax.Array | None) 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _twice(x, dtype):
     """x in that dtype, for two sums; their gradients are added in it and rounded once."""
+    if not is_stored_wide(x.dtype):
+        wide = x.astype(dtype)  # once; else each sum has its own
+        return wide, wide
     first = apart(x)
     return first.astype(dtype), apart(first).astype(dtype)
 
@@ -173,12 +175,15 @@ def _about(shift, first, second, reduced, average):
 def _raw_sums_first(x):
     """Whether to sum x and x^2, and x - c only if a feature's mean is far from 0.
 
-    On CPU XLA sums x itself in less than half the time of x - c. Devices that share x would
-    have collectives in a branch. Of small arrays, as sweeps have under vmap, where both
-    branches are computed, there is little to gain.
+    On CPU XLA sums x itself in less than half the time of x - c. For TPUs it takes sums of x,
+    but none of x - c, into the convolution that x comes from (`benchmarks.passes`). Of small
+    arrays, as sweeps have under vmap, where both branches are computed, there is little to
+    gain. Devices that share x have collectives in a branch, which all of them take or none:
+    a CPU's fake devices are spared that.
     """
     large = isinstance(x.size, int) and x.size >= LARGE
-    return large and jax.default_backend() == "cpu" and jax.device_count() == 1
+    alone = jax.default_backend() == "cpu" and jax.device_count() == 1
+    return large and (alone or jax.default_backend() == "tpu")
 
 
 def _sample_mean(x, reduced, dtype):

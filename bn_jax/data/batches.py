@@ -58,8 +58,8 @@ def same_batch_indices(
 def permutation(key: jax.Array, n: int) -> jax.Array:
     """`jax.random.permutation(key, n)`, int32 `[n]`.
 
-    On CPU 3 to 4 times as fast: XLA's sort of one array there is much quicker than that of
-    keys with values, so each key has its place in its lower half.
+    On CPU some three times as fast (`benchmarks.tricks`): XLA's sort of one array there is much
+    quicker than that of keys with values, so each key has its place in its lower half.
     """
     if jax.default_backend() != "cpu":
         return jax.random.permutation(key, n)

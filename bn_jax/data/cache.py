@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import urllib.parse
@@ -23,6 +24,7 @@ import numpy as np
 from bn_jax.data.arrays import Arrays
 from bn_jax.errors import UserError
 
+DIGITS = 12  # of the fingerprint's digest in a folder's name
 ARRAYS = ("train_inputs", "train_labels", "test_inputs", "test_labels")
 
 
@@ -44,11 +46,22 @@ def cached(name: str, fingerprint: str, cache_dir: Path, build: Callable[[], Arr
       UserError: a file in the cache is damaged.
       OSError: the cache cannot be written, the disk being full among the reasons.
     """
-    digest = hashlib.sha256(fingerprint.encode()).hexdigest()[:12]
-    folder = cache_dir / f"{urllib.parse.quote(name, safe='')}-{digest}"
+    digest = hashlib.sha256(fingerprint.encode()).hexdigest()[:DIGITS]
+    folder = cache_dir / f"{_quoted(name)}-{digest}"
     if not folder.exists():
         _write(folder, build)
-    return _read(folder)
+    return mapped(folder)
+
+
+def newest(name: str, cache_dir: Path) -> Path | None:
+    """The folder that was last filled with arrays of that name, whatever they were made of."""
+    ours = re.compile(f"{re.escape(_quoted(name))}-[0-9a-f]{{{DIGITS}}}")
+    found = [p for p in cache_dir.glob("*") if ours.fullmatch(p.name)]
+    return max(found, key=lambda p: p.stat().st_mtime, default=None)
+
+
+def _quoted(name):
+    return urllib.parse.quote(name, safe="")
 
 
 def _write(folder, build):
@@ -72,13 +85,19 @@ def _save(arrays, folder):
     for name in ARRAYS:
         np.save(folder / f"{name}.npy", getattr(arrays, name))
     content = {k: v for k, v in arrays._asdict().items() if k not in ARRAYS}
-    content["crc32"] = {name: _crc32(folder / f"{name}.npy") for name in ARRAYS}
+    content["crc32"] = {name: crc32(folder / f"{name}.npy") for name in ARRAYS}
     text = json.dumps(content)
     meta = {"content": text, "crc32": zlib.crc32(text.encode())}
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def _read(folder):
+def mapped(folder: Path) -> Arrays:
+    """The arrays in the folder of an entry, mapped into memory.
+
+    Raises:
+      UserError: a file is damaged.
+    """
+
     def damaged(name, reason):
         return UserError(
             f"damaged cache file {folder / name} ({reason}): delete the folder {folder} and "
@@ -97,14 +116,14 @@ def _read(folder):
     for name in ARRAYS:
         path = folder / f"{name}.npy"
         # Before NumPy parses it, which a damaged header makes do anything.
-        if _crc32(path) != checksums[name]:
+        if crc32(path) != checksums[name]:
             raise damaged(path.name, "its checksum differs" if path.exists() else "missing")
         arrays[name] = np.load(path, mmap_mode="r")
     content["mean"], content["std"] = tuple(content["mean"]), tuple(content["std"])
     return Arrays(**arrays, **content)
 
 
-def _crc32(path):
+def crc32(path: Path) -> int | None:
     """Of the file's content; None for one that is missing or empty, which cannot be mapped."""
     if not path.exists() or not path.stat().st_size:
         return None

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bn_jax.data import tfds
-from bn_jax.data.cache import cached, default_cache_dir
+from bn_jax.data.cache import cached, default_cache_dir, mapped, newest
 from bn_jax.data.toy import TOYS
 from bn_jax.errors import UserError
 
@@ -67,8 +67,9 @@ def load(
         with those held out), `unit` (divided by the largest magnitude), `raw`, or `binary`
         (1 above half the largest magnitude, 0 elsewhere).
       data_dir: of tensorflow-datasets; else `TFDS_DATA_DIR`, else its default.
-      cache_dir: for decoded arrays; by default under the user's cache directory.
-      say: told what takes long.
+      cache_dir: for decoded arrays; by default under the user's cache directory. Where a set
+        is not prepared, what was last cached by that name is used, whatever machine did it.
+      say: told what takes long, and that the set is the cache's alone.
 
     Raises:
       UserError: anything about the names or files that the user can mend.
@@ -115,7 +116,11 @@ def _arrays(name, data_dir, cache_dir, say):
     if name in TOYS:
         return TOYS[name](folder)
     source = tfds.Source(name, tfds.resolve_data_dir(data_dir))
-    return cached(name, source.fingerprint(), folder, lambda: tfds.read(source, say))
+    fingerprint = source.fingerprint()
+    if not fingerprint and (entry := newest(name, folder)):
+        say(f"{name} is not prepared in {source.data_dir}: taken from the cache, {entry}")
+        return mapped(entry)
+    return cached(name, fingerprint, folder, lambda: tfds.read(source, say))
 
 
 def _affine(arrays, scaling):

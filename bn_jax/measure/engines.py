@@ -30,12 +30,8 @@ from bn_jax.measure.layouts import Single
 from bn_jax.measure.programs import Traced
 from bn_jax.training.distributed import everyone
 from bn_jax.training.run import NO_SUMS, Run, RunState, data_key
-from bn_jax.training.xla import without_library
+from bn_jax.training.xla import run_once, sorts, without_library
 
-# Threefry unrolled for every kernel: 5.0 s of optimisation for a program that takes 10 ms.
-RUN_ONCE = {"xla_backend_optimization_level": 0}
-# Most of it is the sort, which XLA has compiled: 0.3 s more of optimisation gain it 5 %.
-SORTS = {"xla_backend_optimization_level": 1}
 RUN = ("run", "seed", "point")
 
 
@@ -95,7 +91,7 @@ class Together(_Engine):
         options = without_library() if jax.default_backend() == "cpu" else {}
         init, order = init.lower(None, *inputs, train), order.lower(inputs[0], zero)
         state, rows = init.out_info, order.out_info
-        self._init, order = init.compile(RUN_ONCE), order.compile(options | SORTS)
+        self._init, order = init.compile(run_once()), order.compile(options | sorts())
         self._order = Ahead(
             lambda chunk, step: order(layout.put(chunk.keys, "seed"), step),
             budget.eval_every, budget.steps, layout.beside,
@@ -175,7 +171,7 @@ class InTurn(_Engine):
         init = program(init, "all").lower(None, *inputs, train)
         order = program(order, "all").lower(None, *inputs, zero)
         state, fills = init.out_info, order.out_info.shape[2] % layout.parts > 0
-        self._init, self._order = init.compile(RUN_ONCE), order.compile(SORTS)
+        self._init, self._order = init.compile(run_once()), order.compile(sorts())
         rows = layout.put(self._order(None, *inputs, zero), "order")
         step = program(step, "all", "all", "order", donate=(0,))
         self._step = step.lower(state, *inputs, train, zero, rows).compile()

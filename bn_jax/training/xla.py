@@ -1,4 +1,8 @@
-"""What pays of XLA's settings, in one place: flags, memory, and a cache of programs."""
+"""What pays of XLA's settings, in one place: flags, compiler options, memory, a cache.
+
+Flags are for the whole process, compiler options for one program, where they win over flags:
+so none is given whose flag the user has set.
+"""
 
 from __future__ import annotations
 
@@ -7,50 +11,96 @@ import importlib.metadata
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 # Convolutions on CPU through XLA's own code instead of the YNN library: a training step of
 # a CIFAR-10 network takes half of the time. A flag that a jaxlib does not know aborts the
-# process, hence the range: it is known to be there from 0.10.2 to 0.12.
+# process, an option ends in an error, hence the range: all are there from 0.10.2 to 0.12.
 CONVOLUTION_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 CONVOLUTION_VALUE = "-individual_convolution"
 FIRST, PAST_LAST = (0, 10, 2), (0, 13)
 
-# All of that library, one program at a time, by the name that a compiler option has for it.
+# As compiler options have it, and how much of LLVM's work is done: 3 by default.
 LIBRARY_OPTION = CONVOLUTION_FLAG.removeprefix("--")
+LEVEL_OPTION = "xla_backend_optimization_level"
 
 # Of malloc.h: M_TRIM_THRESHOLD and M_MMAP_THRESHOLD.
 KEEP_BLOCKS = {-1: 2**31 - 1, -3: 1 << 30}
 DISPATCH = "jax_cpu_enable_async_dispatch"
 
+# Compilation in seconds from which a program is kept: JAX's own, and ours. A program of .1 s
+# takes some 10 ms to read.
+THRESHOLD, JAXS_SECONDS, SECONDS = "jax_persistent_cache_min_compile_time_secs", 1.0, 0.1
 
-def set_up() -> dict[str, str | bool]:
-    """`set_flags` and `keep_memory`; what they returned, as `config.json` has it."""
-    return {"xla_flags": set_flags(), "memory_kept": keep_memory()}
+
+def set_up() -> dict[str, Any]:
+    """`set_flags` and `keep_memory`; what applies since, as `config.json` has it."""
+    flags, kept = set_flags(), keep_memory()
+    return {"xla_flags": flags, "compiler_options": compiler_options(), "memory_kept": kept}
 
 
 def set_flags() -> str:
     """Adds the flags to `XLA_FLAGS` where this jaxlib knows them and the user has not.
 
-    To be called before the first JAX computation. Returns `XLA_FLAGS` as it then is.
+    To be called before the first JAX computation. Returns `XLA_FLAGS` as it then is. It may
+    also name a file of flags, to which XLA lets nothing be added: then it stays as it is.
     """
     given = os.environ.get("XLA_FLAGS", "")
-    if _known() and CONVOLUTION_FLAG not in given:
+    if _known() and not _in_file(given) and not _users(CONVOLUTION_FLAG):
         os.environ["XLA_FLAGS"] = f"{given} {CONVOLUTION_FLAG}={CONVOLUTION_VALUE}".strip()
     return os.environ.get("XLA_FLAGS", "")
 
 
+def compiler_options() -> dict[str, dict[str, Any]]:
+    """The options below, by the kind of programs that have them."""
+    return {
+        "run_once": run_once(), "sorts": sorts(), "dense_sweeps_on_cpu": without_library()
+    }  # fmt: skip
+
+
+def run_once() -> dict[str, int]:
+    """For programs that take longer to compile than to run: not optimised.
+
+    To initialise weights, say, takes milliseconds, and to optimise seconds, as Threefry is
+    unrolled for every kernel.
+    """
+    return _level(0)
+
+
+def sorts() -> dict[str, int]:
+    """For programs that sort most of the time, by what XLA has compiled: optimised a little."""
+    return _level(1)
+
+
 def without_library() -> dict[str, str]:
-    """Compiler options for programs of small dense layers on CPU: without the YNN library.
+    """For sweeps of small dense layers on CPU: without the YNN library.
 
     Its sums take several times as long as XLA's own where a vector per run is spread over the
-    run's batch (x - mean under vmap): a step of circles' network with BatchNorm, 100 runs at
-    once, takes 8 us a run in place of 20. Images are the other way round: there its sums are
-    5 to 7 times as fast. Empty where the user has set the flag, or jaxlib may not know it.
+    run's batch (x - mean under vmap): `benchmarks.tricks` trains circles' network with and
+    without it. Images are the other way round: there its sums are the fast ones.
     """
-    given = os.environ.get("XLA_FLAGS", "").split()
     ours = f"{CONVOLUTION_FLAG}={CONVOLUTION_VALUE}"
-    users = any(flag.startswith(CONVOLUTION_FLAG) and flag != ours for flag in given)
-    return {LIBRARY_OPTION: ""} if _known() and not users else {}
+    return {LIBRARY_OPTION: ""} if _known() and not _users(CONVOLUTION_FLAG, ours) else {}
+
+
+def _level(level):
+    return {LEVEL_OPTION: level} if _known() and not _users(f"--{LEVEL_OPTION}") else {}
+
+
+def _users(name, ours=None):
+    """Whether XLA_FLAGS has the flag, but for `ours`, which `set_flags` may have added."""
+    given = os.environ.get("XLA_FLAGS", "")
+    if _in_file(given):
+        try:
+            given = Path(given).read_text()
+        except OSError:  # of which XLA itself complains, and ends
+            return False
+    return any(flag.split("=")[0] == name and flag != ours for flag in given.split())
+
+
+def _in_file(given):
+    """Whether XLA takes it for the name of a file, as it does not begin as a flag."""
+    return bool(given.strip()) and not given.lstrip().startswith("-")
 
 
 def _known():
@@ -91,17 +141,19 @@ def tell_malloc(settings: dict[int, int]) -> bool:
 def keep_compiled(folder: Path) -> None:
     """Programs that take long to compile are kept there, for the processes that follow.
 
-    Nothing is changed where the user has chosen a folder (`JAX_COMPILATION_CACHE_DIR`, or none
-    by `JAX_ENABLE_COMPILATION_CACHE=false`), or where this one cannot be written.
+    Nothing is changed where the user has chosen a folder (`JAX_COMPILATION_CACHE_DIR`) or none
+    (`JAX_ENABLE_COMPILATION_CACHE=false`), or where this one cannot be written. What takes
+    long is .1 s, unless the user has chosen (`JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS`).
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir is not None:
+    chosen = jax.config.jax_compilation_cache_dir is not None
+    if chosen or not jax.config.jax_enable_compilation_cache:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    # By default 1 s. A program of .1 s takes some 10 ms to read.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    if THRESHOLD.upper() not in os.environ and getattr(jax.config, THRESHOLD) == JAXS_SECONDS:
+        jax.config.update(THRESHOLD, SECONDS)

@@ -3,9 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-import importlib
 import io
-import re
 import time
 from types import SimpleNamespace
 
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import contestants, gpu, gpu_layers, gpu_networks, gpu_timer
+from benchmarks.gpu_networks import NORMS, OURS, WITHOUT
 from benchmarks.gpu_timer import SKIPPED, Timer
 from bn_jax.data import Split
 from bn_jax.data.dataset import Dataset
@@ -22,11 +21,16 @@ from bn_jax.errors import UserError
 from bn_jax.measure.timing import WARMUP
 from bn_jax.models import ResNet
 
+REAL = dict(gpu_networks.NETWORKS)
+# With BatchNorm and without.
+PARAMETERS = {
+    "ResNet-50": (25_557_032, 25_530_472), "BN-Inception": (11_188_288, 11_178_336)
+}  # fmt: skip
 TINY = functools.partial(ResNet, 10, width=1 / 16, stem="small", blocks=())
 CONFIG = gpu.Config(
     copies=(1e-5, 1e-4), shapes=("8x2x2x3",), dtypes=("bfloat16",), features=(2, 3, 4), batch=4,
     examples=12, networks=("ResNet-50",), network_batch=2, size=16, calls=2, steps=1, rounds=1,
-    speedrun=False,
+    speedrun=0.0,
 )  # fmt: skip
 
 
@@ -64,9 +68,8 @@ def whole():
 def test_every_part_is_timed(whole):
     result = whole[0]
     assert [row["bytes"] for row in result["copy"]] == [10736, 107372]
-    wanted = [
-        (t, n) for t in ("forward+backward", "BN+ReLU fwd+bwd") for n in ("bn_jax", "flax fast")
-    ]
+    layers = ("bn_jax", "flax fast", "torch")
+    wanted = [(t, n) for t in ("forward+backward", "BN+ReLU fwd+bwd") for n in layers]
     assert [(row["task"], row["layer"]) for row in result["layer"]] == wanted
     assert [row["what"].split(",")[0] for row in result["network_a"]] == [
         "step",
@@ -76,24 +79,27 @@ def test_every_part_is_timed(whole):
     assert {row["data"] for row in result["network_a"]} == {"random images"}
     assert [row["norm"] for row in result["networks"]] == ["bn_jax", "none", "flax"]
     for part in gpu.PARTS:
-        assert all(row["seconds"] > 0 and row["note"] == "" for row in result[part])
+        ours = [row for row in result[part] if row.get("layer") != "torch"]
+        assert all(row["seconds"] > 0 and row["note"] == "" for row in ours)
+    assert result["speedrun"] == []
 
 
 @pytest.mark.long
 def test_what_is_printed(whole):
+    """The machine, that it has no GPU, and one table."""
     result, text, _ = whole
-    cells = [
-        [c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line
-    ]
-    tables = [i for i, row in enumerate(cells) if row[0] == ":--"]
-    assert len(tables) == len(gpu.PARTS)
-    sizes = [len(result[part]) for part in gpu.PARTS]
-    assert len(cells) == sum(sizes) + 2 * len(tables)
-    first = result["copy"][0]
-    assert float(cells[2][1]) == pytest.approx(1e3 * first["seconds"], rel=0.01)
+    machine, none, empty, *table = text.splitlines()
+    assert (machine, empty) == (result["machine"], "")
+    assert none == "No GPU: what follows is this processor's."
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in table]
+    assert cells[0] == gpu.COLUMNS
+    assert [row[0] == ":--" for row in cells] == [i == 1 for i in range(len(cells))]
+    assert len(cells) == 2 + sum(len(result[part]) for part in gpu.PARTS)
+    assert float(cells[2][1]) == pytest.approx(1e3 * result["copy"][0]["seconds"], rel=0.01)
     # The share of BatchNorm: of the steps with one, and not of that without.
-    assert [row[-1] != "" for row in cells[-3:]] == [True, False, True]
-    assert "speedrun" not in text
+    assert [row[3] != "" for row in cells[-3:]] == [True, False, True]
+    assert "network A, random images: step" in {row[0] for row in cells}
+    assert "no torch with CUDA" in {row[0][-5:]: row[4] for row in cells}["torch"]
 
 
 def test_share_of_the_bandwidth():
@@ -103,9 +109,9 @@ def test_share_of_the_bandwidth():
         return {name: {"seconds": 1.0, "note": ""} for name in makers}
 
     rows = gpu_layers.layers("8x2x2x3", "bfloat16", 3072.0, timed, 1)
-    assert [row["share"] for row in rows] == [0.5] * 4
+    assert [row["share"] for row in rows] == [0.5] * 6
     rows = gpu_layers.layers("8x2x2x3", "bfloat16", 0, timed, 1)
-    assert [row["share"] for row in rows] == [None] * 4
+    assert [row["share"] for row in rows] == [None] * 6
 
 
 def test_share_of_the_norms():
@@ -117,6 +123,25 @@ def test_share_of_the_norms():
     rows = gpu_networks.with_and_without_norm("ResNet-50", 8, 16, timed, 1)
     assert [row["share"] for row in rows] == [pytest.approx(0.2), None, None]
     assert [row["images_per_second"] for row in rows] == [16, 20, None]
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_networks_that_are_timed(monkeypatch, name):
+    """Traced at their sizes: one state does for both norms, and a step leads to its like."""
+    monkeypatch.setitem(gpu_networks.NETWORKS, name, REAL[name])
+    data = functools.partial(gpu_networks.random_batch, 2, 224)
+    images, labels = jax.eval_shape(data)
+    example = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
+    states = {}
+    for n, norm in NORMS.items():
+        first = functools.partial(gpu_networks.first_state, name, norm)
+        states[n] = state = jax.eval_shape(first, jax.random.key(0), example)
+        after, loss = jax.eval_shape(gpu_networks.step_of(name, norm), state, images, labels)
+        assert after == state
+        assert loss.shape == ()
+    assert states[OURS] == states["flax"]
+    counts = [sum(v.size for v in jax.tree.leaves(states[n].params)) for n in (OURS, WITHOUT)]
+    assert tuple(counts) == PARAMETERS[name]
 
 
 @pytest.mark.long
@@ -161,48 +186,53 @@ def test_cifar10_where_it_is(monkeypatch):
     assert (given["data_dir"], given["cache_dir"]) == ("here", "there")
 
 
-def test_nothing_starts_after_the_budget(monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "SPEEDRUN", ("-c", "print('it ran')"))
-    result = gpu.run(dataclasses.replace(CONFIG, minutes=0, speedrun=True))
+def test_nothing_starts_after_the_budget(capsys):
+    result = gpu.run(dataclasses.replace(CONFIG, minutes=0, speedrun=0.5))
     notes = [row["note"] for part in gpu.PARTS for row in result[part]]
     assert set(notes) == {SKIPPED}
-    assert len(notes) == 2 + 4 + 3 + 3
-    assert result["speedrun"] == SKIPPED
-    lines = [line for line in capsys.readouterr().out.splitlines() if "| skipped |" in line]
-    assert len(lines) == len(notes)
+    assert len(notes) == 2 + 6 + 3 + 3 + 1
+    printed = capsys.readouterr()
+    for text in (printed.out, printed.err):
+        assert sum(line.rstrip(" |").endswith("| skipped") for line in text.splitlines()) == 15
 
 
 def test_a_part_that_fails_is_not_the_last(monkeypatch, capsys):
     def broken(*_):
-        yield [{"n": "1"}]
+        yield {"n": "1", "seconds": 2.0, "note": ""}
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 bytes")
 
-    monkeypatch.setattr(
-        gpu, "PARTS", {"copy": gpu.Part("{batch} images:", {"n": lambda r: r["n"]}, broken)}
-    )
-    assert gpu.run(CONFIG)["copy"] == [{"n": "1"}]
-    printed = capsys.readouterr().out
-    assert re.search(r"4 images:\n\n\| n \|\n\| :-- \|\n\| 1 \|\n\nout of memory\n", printed)
+    def good(config, timed, result):
+        yield {"n": str(len(result["copy"])), "seconds": None, "note": "why"}
+
+    parts = {
+        "copy": gpu.Part(broken, lambda r: r["n"]),
+        "next": gpu.Part(good, lambda r: r["n"]),
+    }
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    assert gpu.run(CONFIG)["copy"][1:] == [{"name": "copy", "note": "out of memory"}]
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "| 1 | 2,000 |  |  |  |",
+        "| copy |  |  |  | out of memory |",
+        "| 2 |  |  |  | why |",
+    ]
 
 
-@pytest.mark.parametrize(("code", "how"), [("0", "done"), ("3", "ended with status 3")])
-def test_speedrun(monkeypatch, capfd, code, how):
-    program = f"import sys; print(sys.argv[1:]); raise SystemExit({code})"
-    monkeypatch.setattr(gpu, "PARTS", {})
-    monkeypatch.setattr(gpu, "SPEEDRUN", ("-c", program))
-    assert gpu.run(gpu.Config(cache_dir="a b"))["speedrun"] == how
-    lines = capfd.readouterr().out.splitlines()[2:]
-    fence, command, _, ran, end, _, last = lines
-    assert (fence, end, last) == ("```", "```", f"The speedrun: {how}.")
-    assert command.endswith("'--cache_dir=a b'")
-    assert ran == "['--cache_dir=a b']"
+def test_the_speedrun_has_its_share_and_what_is_left(monkeypatch):
+    """Its end is that of the minutes; what is timed before ends sooner."""
+    given = []
 
+    def speedrun(*arguments):
+        given.append(arguments)
+        yield {"arm": "bn", "seconds": 3.0, "epochs": 9.9, "accuracy": 0.94, "note": ""}
 
-def test_speedrun_knows_its_flags():
-    _, module, *given = gpu.SPEEDRUN
-    known = importlib.import_module(module).Config
-    names = {flag.removeprefix("--").split("=")[0] for flag in given}
-    assert names | {"data_dir", "cache_dir"} <= {f.name for f in dataclasses.fields(known)}
+    monkeypatch.setattr(gpu, "speedrun", speedrun)
+    part = gpu.PARTS["speedrun"]
+    config = gpu.Config(minutes=8, speedrun=0.25, cache_dir="a b")
+    (row,) = part.measure(config, Timer(100.0, rounds=1), {})
+    ((flags, folder, end),) = given
+    assert (flags, end) == (["--cache_dir=a b"], 100 + 120)
+    assert folder.parts[:2] == ("runs", "gpu")
+    assert part.line(row) == ["speedrun: bn", "3,000", "9.9 epochs", "94.00 % right", ""]
 
 
 def test_torch_where_it_has_cuda(monkeypatch):
@@ -226,8 +256,27 @@ def test_torch_where_it_has_cuda(monkeypatch):
     assert len(waited) == 1 + WARMUP + 3
 
 
-def test_no_torch_beside_jax_on_the_cpu():
-    assert not contestants.has_cuda_torch()
+def test_a_torch_that_cannot_be_used_costs_its_row(monkeypatch):
+    """Beside JAX on a GPU it may have no CUDA, or fail to be imported."""
+
+    def broken():
+        raise OSError("libcudart.so: cannot open shared object file")
+
+    assert not contestants.has_cuda_torch()  # as JAX is on the CPU
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(contestants.importlib.util, "find_spec", lambda name: name)
+    cuda = SimpleNamespace(is_available=lambda: False)
+    for torch, note in (
+        (lambda: SimpleNamespace(cuda=cuda), "no torch with CUDA beside JAX on a GPU"),
+        (broken, "OSError: libcudart.so: cannot open shared object file"),
+    ):
+        monkeypatch.setattr(contestants, "import_torch", torch)
+        arrays = functools.partial(gpu_layers.random_arrays, "2x3", "float32")
+        found = Timer(time.monotonic() + 60, rounds=1)(
+            gpu_layers.makers(contestants.BOTH, arrays), 1
+        )
+        assert found["torch"] == {"seconds": None, "note": note}
+        assert found["bn_jax"]["seconds"] > 0
 
 
 @pytest.mark.parametrize(
@@ -240,6 +289,8 @@ def test_no_torch_beside_jax_on_the_cpu():
         {"examples": 255},
         {"calls": 0},
         {"steps": 0},
+        {"speedrun": -0.1},
+        {"speedrun": 1.5},
     ],
 )
 def test_flags_are_checked(wrong):

@@ -136,17 +136,22 @@ def test_floor_is_in_passes_at_the_speed_of_the_copy(monkeypatch):
 
 def test_verdict():
     share = {"4x4": (0.9, 0.7, 0.4), "64x2": (1.2, 0.8, 0.3)}  # the second is larger
-    rows = [
-        {"shape": s, "dtype": "float32", "task": t.name, "contestant": "bn_jax"}
-        | {"to_flax": f, "to_floor": 2.0}
-        for s, fractions in share.items()
-        for t, f in zip(TASKS, fractions, strict=True)
-    ]
-    text = "\n".join(layer.verdict(rows))
-    numbers = ["1.20", *("0.80", "0.40", "0.6"), *("0.30", "0.15", "0.4")]
-    assert re.findall(r"\d\.\d+", text) == numbers
-    assert "forward, 64x2 float32" in text
-    assert "4x4" not in text
+    rows = []
+    for s, fractions in share.items():
+        for t, f in zip(TASKS, fractions, strict=True):
+            row = {"shape": s, "dtype": "float32", "task": t.name, "to_floor": 2.0}
+            rows += [
+                row | {"contestant": "bn_jax", "to_flax": f, "allocated": 10 + 10 * f},
+                row | {"contestant": "flax fast", "to_flax": 1.0, "allocated": 20},
+                row | {"contestant": "torch", "to_flax": 0.5, "allocated": None},
+            ]
+    lines = layer.verdict(rows)
+    numbers = [re.findall(r"\d\.\d+", line) for line in lines]
+    largest = ["0.80", "0.40", "0.6"], ["0.30", "0.15", "0.4"]
+    assert numbers == [[], ["1.20"], ["2.40"], ["2.00"], ["1.10"], *largest]
+    assert all("(forward, 64x2 float32" in line for line in (lines[1], lines[2], lines[4]))
+    without = [row for row in rows if row["contestant"] != "torch"]
+    assert len(layer.verdict(without)) == len(lines) - 1
 
 
 @pytest.mark.parametrize(

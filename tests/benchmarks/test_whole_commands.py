@@ -1,14 +1,16 @@
 """Benchmarks that run whole commands, and the page that all of them make."""
 
 import importlib
-import importlib.util
 
 import jax
+import numpy as np
 import pytest
 
 from benchmarks import all as every
 from benchmarks import start, sweep
+from bn_jax.data import load
 from bn_jax.errors import UserError
+from bn_jax.measure import timing
 
 
 def test_a_start_without_programs_comes_before_one_with(monkeypatch, capsys):
@@ -39,19 +41,67 @@ def test_the_whole_sweep_twice(monkeypatch, capsys):
     assert "| none kept | 12.0 | 50.0 |" in capsys.readouterr().out
 
 
-@pytest.mark.long
-@pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="no Keras")
-def test_a_sweep_beside_its_peers(capsys):
+def test_ratios_to_a_peer_each_way():
+    mine = sweep.Side(10, whole=[4.0, 5.0, 2.0], compiled=[1.0, 2.0, 1.0], accuracy=0.8)
+    peer = sweep.Side(1, whole=[2.0, 2.0, 2.0], compiled=[0.5, 0.2, 0.3], accuracy=0.8)
+    # Within the rounds 5, 4, 10; (2 + 9 x .5) / 4, (2 + 9 x .2) / 5, (2 + 9 x .3) / 2; 5, 1, 3.
+    assert sweep.over(mine, peer) == pytest.approx({"whole": 5, "once": 1.625, "compiled": 3})
+
+
+@pytest.fixture
+def _peers(monkeypatch):
+    pytest.importorskip("keras")
+    monkeypatch.setattr(timing, "WARMUP", 1)
     with jax.numpy_rank_promotion("allow"):  # Keras needs it
-        ratios = sweep.run(sweep.Config(seeds=(1, 2), epochs=1, whole=False, repeats=1))
+        yield
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("_peers")
+def test_a_sweep_beside_its_peers(capsys):
+    ratios = sweep.run(sweep.Config(seeds=(1, 2), epochs=1, whole=False, repeats=1))
     assert list(ratios) == [
-        f"{arm}, {runs} runs, {peer}"
+        f"{arm}, {runs} runs, {peer}, {way}"
         for arm in ("none", "bn")
         for runs in (5, 10)
         for peer in ("plain Flax", "Keras 3")
+        for way in ("whole", "once", "compiled")
     ]
     assert all(ratio > 0 for ratio in ratios.values())
     assert "| bn, Keras 3 | 1 |" in capsys.readouterr().out
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("_peers")
+def test_all_sides_of_a_sweep_learn_and_compile_once():
+    dataset = load("circles", validation_fraction=sweep.VALIDATION, scaling="raw")
+    sides = sweep.measure(dataset, "bn", sweep.Config(seeds=(2,), epochs=40, repeats=1))
+    assert list(sides) == ["2", *sweep.PEERS]
+    for side in sides.values():
+        assert side.accuracy > 0.75  # the classes overlap: .84 in the end
+        assert 0 < side.compiled[0] < side.whole[0] / 1.5
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("_peers")
+def test_keras_starts_again_with_what_it_compiled():
+    dataset = load("circles", validation_fraction=sweep.VALIDATION, scaling="raw")
+    net = sweep.compiled_keras("bn")
+    drawn = _weights(sweep.restarted(net, "bn"))
+    sweep.keras_run(lambda: net, dataset, 1, 0)
+    compiled, trained = net.train_function, _weights(net)
+    again = _weights(sweep.restarted(net, "bn"))
+    assert net.train_function is compiled
+    for kernel in (0, 6):  # the first and the last of eight
+        assert not np.any(again[kernel] == drawn[kernel])
+        assert not np.any(again[kernel] == trained[kernel])
+    for other in (1, 2, 3, 4, 5, 7):
+        np.testing.assert_array_equal(again[other], drawn[other])
+    assert not any(np.any(momentum.value) for momentum in net.optimizer.momentums)
+
+
+def _weights(net):
+    return [np.asarray(weight.value) for weight in net.weights]
 
 
 def test_the_page_keeps_what_is_not_run_again(monkeypatch, tmp_path):

@@ -125,7 +125,7 @@ def test_one_value(x):
         assert not np.any(np.isfinite(got.var))
 
 
-def test_raw_sums_are_of_large_arrays_on_one_cpu(monkeypatch):
+def test_raw_sums_are_of_large_arrays_on_one_cpu_and_on_tpus(monkeypatch):
     large, small = jnp.zeros((512, 1024)), jnp.zeros((511, 1024))
     assert not moments_module._raw_sums_first(large)  # eight devices
     monkeypatch.setattr(jax, "device_count", lambda: 1)
@@ -133,6 +133,10 @@ def test_raw_sums_are_of_large_arrays_on_one_cpu(monkeypatch):
     assert not moments_module._raw_sums_first(small)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert not moments_module._raw_sums_first(large)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    assert moments_module._raw_sums_first(large)
+    assert not moments_module._raw_sums_first(small)
 
 
 @pytest.mark.usefixtures("sums")

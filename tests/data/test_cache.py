@@ -165,6 +165,21 @@ def test_a_changed_number_in_the_metadata_is_refused(tmp_path, entry):
         cached(tmp_path, build=never)
 
 
+def test_the_newest_entry_of_a_name(tmp_path):
+    for name, fingerprint, time in (
+        ("a", "1", 10), ("a", "2", 30), ("a", "3", 20), ("a/b", "1", 40), ("a-b", "1", 50)
+    ):  # fmt: skip
+        before = set(tmp_path.iterdir())
+        cached(tmp_path, fingerprint, lambda f=fingerprint: build(int(f)), name)
+        (made,) = set(tmp_path.iterdir()) - before
+        os.utime(made, (time, time))
+    (tmp_path / ".a-0123456789ab.cd").mkdir()  # unfinished
+    assert_same(cache.mapped(cache.newest("a", tmp_path)), build(2))
+    assert cache.newest("a/b", tmp_path).name.startswith("a%2Fb-")
+    assert cache.newest("b", tmp_path) is None
+    assert cache.newest("a", tmp_path / "nowhere") is None
+
+
 def test_a_deleted_entry_is_built_again(tmp_path, entry):
     for file in entry.iterdir():
         file.unlink()

@@ -41,9 +41,10 @@ def cache_dir(tmp_path):
 @pytest.fixture
 def load_it(data_dir, cache_dir):
     """`load(name)` with a data_dir and cache_dir of this test."""
+    where = {"data_dir": str(data_dir), "cache_dir": str(cache_dir)}
 
     def call(name, **options):
-        return load(name, data_dir=str(data_dir), cache_dir=str(cache_dir), **options)
+        return load(name, **(where | options))
 
     return call
 
@@ -123,6 +124,56 @@ def test_a_set_that_is_prepared_anew_is_read_anew(prepare, load_it):
     shutil.rmtree(folder)
     prepare(splits={"train": FEWER, "test": (TEST, TEST_LABELS)})
     assert len(together(load_it("tiny"))) == 6
+
+
+def labels_of(dataset):
+    return np.asarray(dataset.test.labels).tolist()
+
+
+def test_a_set_that_is_mended_in_place_is_read_anew(prepare, data_dir, load_it):
+    """Only labels differ: sizes do not, and times may be those of an archive."""
+    folder, times = prepare(), {}
+    for path in folder.iterdir():
+        times[path.name] = path.stat()
+    load_it("tiny")
+    shutil.rmtree(folder)
+    prepare(splits={"train": (TRAIN, TRAIN_LABELS), "test": (TEST, TEST_LABELS[::-1])})
+    for path in folder.iterdir():
+        old = times[path.name]
+        assert path.stat().st_size == old.st_size
+        os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert labels_of(load_it("tiny")) == TEST_LABELS[::-1].tolist()
+
+
+def test_a_copy_is_not_decoded_again(prepare, data_dir, load_it, monkeypatch):
+    for path in prepare().iterdir():
+        os.utime(path, (1, 1))
+    load_it("tiny")
+    shutil.copytree(data_dir, data_dir.with_name("copy"), copy_function=shutil.copyfile)
+    monkeypatch.setattr(tfds, "read", None)
+    assert load_it("tiny", data_dir=data_dir.with_name("copy")).num_classes == 3
+
+
+def test_the_files_of_another_config_do_not_count(prepare, data_dir):
+    prepare("tiny/small/1.0.0")
+    source = tfds.Source("tiny/small", data_dir)
+    before = source.fingerprint()
+    prepare("tiny/large/1.0.0")
+    assert source.fingerprint() == before != ""
+    assert tfds.Source("tiny/..", data_dir).fingerprint() == ""
+    assert len(tfds.Source("tiny", data_dir).fingerprint().split("\n")) == 8
+
+
+def test_a_cache_travels_without_its_set(prepare, data_dir, load_it, monkeypatch):
+    """The last that was cached, and it is said; nothing of tensorflow-datasets is needed."""
+    folder = prepare()
+    first, said = load_it("tiny"), []
+    shutil.rmtree(folder.parent)
+    monkeypatch.setattr(tfds, "read", None)
+    again = load_it("tiny", say=said.append)
+    assert labels_of(again) == labels_of(first)
+    (text,) = said
+    assert text.startswith(f"tiny is not prepared in {data_dir}: taken from the cache, ")
 
 
 def test_a_set_has_one_spelling(prepare, refusal):

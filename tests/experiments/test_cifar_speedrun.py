@@ -47,7 +47,8 @@ def test_every_arm_is_the_recipe_but_for_one_thing():
     recipe = {"epsilon": 1e-12, "use_scale": False, "unbiased": True}
     assert fields.pop("none") is None
     assert fields.pop("scale") == recipe | {"use_scale": True}
-    assert fields.pop("ghost") == recipe | {"group_size": 128}
+    assert fields.pop("ghost_32") == recipe | {"group_size": 32}
+    assert fields.pop("ghost_128") == recipe | {"group_size": 128}
     assert all(given == recipe for given in fields.values())
     changed = {name: dict(arm.changes) for name, arm in arms.items() if arm.changes}
     assert changed == {
@@ -66,7 +67,6 @@ def test_every_arm_is_the_recipe_but_for_one_thing():
         ({"dtype": "float16"}, "--dtype=float16: choose from float32, bfloat16"),
         ({"views": 3}, "--views=3: choose from 1, 2, 6"),
         ({"translate": -1}, "--translate=-1: it must be at least 0"),
-        ({"ghost_size": 0}, "--ghost_size=0: it must be at least 1"),
         ({"bias_rate": 0.0}, "--bias_rate=0.0: it must be positive"),
     ],
 )
@@ -236,12 +236,18 @@ def test_a_mean_with_its_interval():
 def test_an_accuracy_agrees_at_full_size(value, flags, agrees):
     arm = {
         "arm": "bn", "seeds": 20, "epochs": 9.917, "mean_accuracy": {"mean": value},
-        "training_seconds": {"median": 4.0},
+        "run_seconds": {"median": 4.0},
     }  # fmt: skip
     found = list(cifar_speedrun.rows(cifar_speedrun.Config(**flags), [arm, {"arm": "none"}]))
     assert [row.get("agrees") for row in found] == [agrees, None, None]
     assert found[0]["here"].startswith(f"{value:.2%}")
     assert found[1]["here"] == "9.9"
+    assert found[2]["here"] == "4"
+
+
+def test_seconds_are_of_training_and_one_evaluation():
+    record = {"steps": [0, 34, 68], "seconds": {"training": 2.0, "evaluation": 1.5}}
+    assert cifar_speedrun.run_seconds(record) == 2.5
 
 
 def reported(name, accuracies):
@@ -277,7 +283,7 @@ def finished(tmp_path_factory):
     """Summary, output, folder."""
     folder = tmp_path_factory.mktemp("speedrun") / "w"
     config = cifar_speedrun.Config(
-        quick=True, arms=("ghost",), features=(8,), steps=126, eval_every=63, views=1,
+        quick=True, arms=("ghost_32",), features=(8,), steps=126, eval_every=63, views=1,
         learning_rates=(30.0, 60.0), seeds=1, checkpoint_every=0.0, workdir=str(folder),
     )  # fmt: skip
     with redirect_stdout(io.StringIO()) as written, redirect_stderr(io.StringIO()):

@@ -16,6 +16,7 @@ from absl import flags as absl_flags
 from programs import PROGRESS, TINY
 
 from bn_jax.report import read_records
+from bn_jax.training import xla
 from experiments import compare, flags, workdir
 
 ARMS, RATES, SEEDS = ("none", "bn"), (0.1, 1.0), (0, 1)
@@ -65,6 +66,7 @@ def test_the_config(finished):
     for package in ("python", "jax", "jaxlib", "flax", "optax", "numpy"):
         assert re.match(r"\d+\.\d+", config["versions"][package])
     assert set(config) >= {"machine", "git_commit", "xla_flags", "memory_kept", "seconds"}
+    assert config["compiler_options"] == xla.compiler_options()
     assert config["seconds"]["total"] > config["seconds"]["compilation"] > 0
 
 

@@ -1,10 +1,12 @@
-"""XLA's flags, the allocator and the folder of compiled programs; a user's choice stays."""
+"""XLA's flags and options, the allocator, what is kept compiled; a user's choice stays."""
 
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -73,37 +75,124 @@ def test_setting_it_twice_is_setting_it_once(set_flags):
     assert set_flags(once, "0.10.2") == once
 
 
-@pytest.fixture
-def no_folder_yet():
-    """Of compiled programs: an experiment in this process may have chosen one."""
-    name = "jax_compilation_cache_dir"
-    before = getattr(jax.config, name)
-    jax.config.update(name, None)
-    yield
-    jax.config.update(name, before)
+def test_a_file_of_flags_stays_alone(set_flags, tmp_path):
+    """XLA takes what does not begin with a dash for a name; with a flag after it, it aborts."""
+    path = tmp_path / "flags"
+    path.write_text("--xla_dump_to=x")
+    assert set_flags(str(path), "0.10.2") == str(path)
+    assert set_flags(" --xla_dump_to=x", "0.10.2") == f"--xla_dump_to=x {FLAG}"
 
 
-@pytest.mark.usefixtures("no_folder_yet")
-def test_programs_are_kept_unless_the_user_has_chosen(tmp_path, monkeypatch):
-    changed = {}
-    monkeypatch.setattr(jax.config, "update", changed.__setitem__)
-    xla.keep_compiled(tmp_path / "compiled")
-    assert changed["jax_compilation_cache_dir"] == str(tmp_path / "compiled")
-    changed.clear()
+LEVEL, LIBRARY = "xla_backend_optimization_level", "xla_cpu_experimental_ynn_fusion_type"
+OPTIONS = {
+    "run_once": {LEVEL: 0},
+    "sorts": {LEVEL: 1},
+    "dense_sweeps_on_cpu": {LIBRARY: ""},
+}
+WITHOUT_LEVEL = OPTIONS | {"run_once": {}, "sorts": {}}
+WITHOUT_LIBRARY = OPTIONS | {"dense_sweeps_on_cpu": {}}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("", OPTIONS),
+        (FLAG, OPTIONS),  # as `set_flags` leaves it
+        (f"--a_flag=-individual_dot --{LEVEL}_of_another=3", OPTIONS),
+        (f"--{LEVEL}=3", WITHOUT_LEVEL),
+        (f"--a_flag=1 --{LEVEL}=0 {FLAG}", WITHOUT_LEVEL),
+        (FLAG.replace("convolution", "dot"), WITHOUT_LIBRARY),
+    ],
+)
+@pytest.mark.parametrize("in_file", [False, True])
+def test_options_are_given_unless_the_user_has_chosen(
+    given, expected, in_file, monkeypatch, tmp_path
+):
+    """As options they would win over flags, which then had no effect."""
+    (tmp_path / "flags").write_text(given)
+    monkeypatch.setenv("XLA_FLAGS", str(tmp_path / "flags") if in_file else given)
+    assert xla.compiler_options() == expected
+
+
+@pytest.mark.parametrize(("version", "known"), [("0.10.1", 0), ("0.12.9", 1), ("0.13.0", 0)])
+def test_options_are_given_where_they_are_known(version, known, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: version)
+    assert xla.compiler_options() == (OPTIONS if known else {kind: {} for kind in OPTIONS})
+
+
+def test_a_file_that_is_not_there_is_for_xla_to_refuse(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "/no/such/file")
+    assert xla.compiler_options() == OPTIONS
+
+
+def test_this_jaxlib_knows_the_options(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    program = jax.jit(lambda x: x.sum(0)).lower(jnp.ones((640, 500)))
+    for kind, options in xla.compiler_options().items():
+        ynn = "ynn" in program.compile(options).as_text()
+        assert ynn == (kind != "dense_sweeps_on_cpu")
+
+
+def test_set_up_says_what_it_set(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", f"--{LEVEL}=2")
+    monkeypatch.setattr(xla, "keep_memory", lambda: True)
+    assert xla.set_up() == {
+        "xla_flags": f"--{LEVEL}=2 {FLAG}",
+        "compiler_options": WITHOUT_LEVEL,
+        "memory_kept": True,
+    }
+
+
+def test_flags_and_options_stand_in_one_place():
+    root = Path(xla.__file__).parents[2]
+    files = [p for package in ("bn_jax", "experiments") for p in (root / package).rglob("*.py")]
+    named = {
+        p.relative_to(root)
+        for p in files
+        if re.search(r"\bxla_(?!flags|metadata)", p.read_text())
+    }
+    assert named == {Path("bn_jax/training/xla.py")}
+
+
+KEPT = """
+import sys
+from pathlib import Path
+import jax
+from bn_jax.training.xla import keep_compiled
+folder = Path(sys.argv[1], "compiled")
+keep_compiled(folder)
+chosen = jax.config.jax_compilation_cache_dir
+seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+print(folder.exists(), chosen == str(folder), seconds)
+"""
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ({}, "True True 0.1"),
+        ({"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "7"}, "True True 7.0"),
+        ({"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1"}, "True True 1.0"),
+        ({"JAX_ENABLE_COMPILATION_CACHE": "false"}, "False False 1.0"),
+        ({"JAX_COMPILATION_CACHE_DIR": "/of/the/user"}, "False False 1.0"),
+    ],
+)
+def test_programs_are_kept_unless_the_user_has_chosen(chosen, expected, tmp_path):
+    assert kept_below(tmp_path, chosen) == expected
+
+
+def test_programs_are_not_kept_where_no_folder_can_be_made(tmp_path):
     (tmp_path / "file").touch()
-    xla.keep_compiled(tmp_path / "file" / "compiled")  # cannot be made
-    assert not changed
+    assert kept_below(tmp_path / "file", {}) == "False False 1.0"
 
 
-def test_the_library_is_left_out_unless_the_user_has_chosen(monkeypatch):
-    option = {"xla_cpu_experimental_ynn_fusion_type": ""}
-    for given, expected in ((FLAG, option), ("", option), ("--a_flag=-individual_dot", option)):
-        monkeypatch.setenv("XLA_FLAGS", given)
-        assert xla.without_library() == expected
-    monkeypatch.setenv("XLA_FLAGS", FLAG.replace("convolution", "dot"))
-    assert xla.without_library() == {}
-    program = jax.jit(lambda x: x.sum(0)).lower(jnp.ones((64, 50)))
-    assert "ynn" not in program.compile(option).as_text()
+def kept_below(folder, chosen):
+    names = ("JAX_COMPILATION", "JAX_ENABLE_COMPILATION", "JAX_PERSISTENT")
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(names)}
+    command = [sys.executable, "-c", KEPT, str(folder)]
+    ended = subprocess.run(command, env=plain | chosen, capture_output=True, text=True)
+    return ended.stdout.strip()
 
 
 FAULTS = """

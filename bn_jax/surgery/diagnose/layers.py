@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from bn_jax.core.moments import Moments, merge, moments
 from bn_jax.surgery.diagnose.modes import Mode, proceed_alone
 from bn_jax.surgery.intercept import BATCH_NORMS, Call, Path, apply, intercept
 from bn_jax.surgery.tree import get_leaves
+from bn_jax.training.xla import run_once
 
 
 class Seen(NamedTuple):
@@ -72,8 +72,9 @@ class Watched(NamedTuple):
     breaks: Path | None
 
 
-# Compiling takes longer than running a few times.
-compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+def compiled(function: Callable) -> Callable:
+    """To be run a few times, which takes less than compiling it."""
+    return jax.jit(function, compiler_options=run_once())
 
 
 def watch(mode: Mode, variables: Any, inputs: tuple) -> Watched:
