@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -31,12 +32,14 @@ class Task(NamedTuple):
     passes: int
     backward: bool = True
     relu: bool = False
+    masked: bool = False
 
 
 FORWARD = Task("forward", 3, backward=False)
 BOTH = Task("forward+backward", 8)
 BOTH_WITH_RELU = Task("BN+ReLU fwd+bwd", 8, relu=True)
-TASKS = (FORWARD, BOTH, BOTH_WITH_RELU)
+MASKED = Task("masked fwd+bwd", 8, masked=True)
+TASKS = (FORWARD, BOTH, BOTH_WITH_RELU, MASKED)
 
 
 class Contestant(NamedTuple):
@@ -52,12 +55,13 @@ class Contestant(NamedTuple):
 
 
 def prepare(task: Task, x: jax.Array, dy: jax.Array) -> dict[str, Contestant]:
-    """By name: the copy, the layers of JAX, compiled, and torch's where `has_torch()`."""
+    """By name: the copy, the layers of JAX, compiled, and torch's where
+    `has_torch()`, which knows no masks."""
     one = jnp.ones((), x.dtype)  # traced: XLA would know what to do with a constant 0
     contestants = {"copy": Contestant(functools.partial(jax.jit(jnp.add), x, one))}
     for name, apply in layers(task, x.dtype).items():
         contestants[name] = compiled(task, apply, *initial(x.shape[-1]), x, dy)
-    if has_torch():
+    if has_torch() and not task.masked:
         contestants["torch"] = Contestant(torch_layer(task, x, dy))
     return contestants
 
@@ -73,19 +77,26 @@ def layers(task: Task, dtype: Any) -> dict[str, Apply]:
     fields = {"use_running_average": False, "momentum": MOMENTUM, "dtype": dtype}
     relu = nn.relu if task.relu else None
     return {
-        "bn_jax": _applied(BatchNorm(**fields, activation=relu)),
-        "flax fast": _applied(nn.BatchNorm(**fields), relu),
-        "flax stable": _applied(nn.BatchNorm(**fields, use_fast_variance=False), relu),
+        "bn_jax": _applied(BatchNorm(**fields, activation=relu), task),
+        "flax fast": _applied(nn.BatchNorm(**fields), task, relu),
+        "flax stable": _applied(nn.BatchNorm(**fields, use_fast_variance=False), task, relu),
     }
 
 
-def _applied(module, activation=None):
+def _applied(module, task, activation=None):
     def apply(params, stats, x):
         variables = {"params": params, "batch_stats": stats}
-        y, new = module.apply(variables, x, mutable=["batch_stats"])
+        mask = {"mask": three_of_four(x.shape)} if task.masked else {}
+        y, new = module.apply(variables, x, **mask, mutable=["batch_stats"])
         return activation(y) if activation else y, new["batch_stats"]
 
     return apply
+
+
+def three_of_four(shape: tuple[int, ...]) -> jax.Array:
+    """A mask `[..., 1]` that leaves out every fourth place."""
+    places = math.prod(shape[:-1])
+    return (jnp.arange(places) % 4 < 3).reshape(*shape[:-1], 1)
 
 
 def compiled(task: Task, apply: Apply, params, stats, x, dy) -> Contestant:

@@ -1,8 +1,9 @@
 """Times and bytes of one BatchNorm layer, beside Flax, torch and a plain copy of the array.
 
-Three tasks, on arrays of several shapes and dtypes and with parameters in float32: forward
-(y and the new running statistics), forward+backward (and the gradients of x, scale and
-bias), and the same of relu(BatchNorm(x)), which in bn_jax is one function.
+Four tasks, on arrays of several shapes and dtypes and with parameters in float32: forward
+(y and the new running statistics), forward+backward (and the gradients of x, scale and bias),
+the same of relu(BatchNorm(x)), which in bn_jax is one function, and the same with a mask that
+leaves out every fourth place, which torch does not know.
 
 All run in one process, each once in every round; what counts is the median over the rounds,
 of times and of ratios within a round. `/flax` is the time over that of Flax's BatchNorm

@@ -12,8 +12,9 @@ that makes 7 passes of 8.)
 sums of x where means are near 0, which XLA takes into the convolution on a TPU, as it does not
 sums about a shift; with ReLU a mask that is computed for each pass that has use for it, and not
 stored on a GPU. `stored` is temporary memory of bn_jax and of Flax's fast BatchNorm (on a TPU
-room for a copy, which is made only where means are far from 0). All are in units of the array. An H200 has a cache of 50 MB: of arrays that fit there XLA stores more of
-what it could compute again, for ours as for Flax's.
+room for a copy, which is made only where means are far from 0). All are in units of the array.
+An H200 has a cache of 50 MB: of arrays that fit there XLA stores more of what it could compute
+again, for ours as for Flax's.
 
 The devices are an H200 (`pip install "jax[cuda12]"`) and a TPU v5e (`pip install "jax[tpu]"`).
 """

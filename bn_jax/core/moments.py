@@ -87,7 +87,8 @@ def moments(
     """
     x = jnp.asarray(x)
     _, reduced = split_axes(x.shape, axis)
-    local = _local_moments(x, reduced, weights(x, mask))
+    alike = mask is None or jnp.asarray(mask).dtype == jnp.bool_
+    local = _local_moments(x, reduced, weights(x, mask), alike)
     return local if axis_name is None else sync(local, axis_name, axis_index_groups)
 
 
@@ -113,7 +114,10 @@ def merge(a: Moments, b: Moments) -> Moments:
     )
 
 
-def _local_moments(x: jax.Array, reduced: tuple[int, ...], w: jax.Array | None) -> Moments:
+def _local_moments(
+    x: jax.Array, reduced: tuple[int, ...], w: jax.Array | None, alike: bool
+) -> Moments:
+    """Of x with weights w, which are all 1 or 0 if `alike`."""
     count = element_count(x, reduced, w)
     some = jnp.where(count > 0, count, 1)
 
@@ -121,22 +125,27 @@ def _local_moments(x: jax.Array, reduced: tuple[int, ...], w: jax.Array | None) 
         return jnp.sum(weigh(v, w), axis=reduced) / some
 
     dtype = accumulation_dtype(x)
-    if w is not None:
-        # Here and not only in the sums: the derivative of a weight of 0 times NaN is NaN.
-        x = jnp.where(w > 0, x, 0)
 
-    # Of x as it came: a converted one XLA for TPUs would store, to slice it or to branch.
+    def twice(x):
+        # Here and not only in the sums: the derivative of a weight of 0 times NaN is NaN.
+        return _twice(x if w is None else jnp.where(w > 0, x, 0), dtype)
+
+    # Of x as it came: another XLA would store, on a TPU to slice it, everywhere to branch.
     def about_sample(x):
-        first, second = _twice(x, dtype)
+        first, second = twice(x)
         # A mask may leave out the whole sample: then the shift is a mean of its own pass.
         shift = _sample_mean(x, reduced, dtype) if w is None else average(first)
         return _about(shift, first, second, reduced, average)
 
-    if w is not None or not _raw_sums_first(x):
+    if not _raw_sums_first(x):
         return Moments(*about_sample(x), count)
-    first, second = _twice(x, dtype)
-    mean = average(first)
-    var = average(abs2(second)) - abs2(mean)
+    first, second = twice(x)
+    raw = first, abs2(second)
+    # Both are 0 where w is, so that a mask has done what it does. In another product XLA on CPU
+    # would store float32 arrays.
+    sums = ((v if alike else w * v).sum(reduced) for v in raw)
+    mean, square = (total / some for total in sums)
+    var = square - abs2(mean)
     # The difference has 1 + mean^2 / var times the relative error of its terms; of a constant
     # 3e18 the sum of squares is inf.
     near = jnp.all((abs2(mean) <= NEAR * var) & (var < jnp.inf))
