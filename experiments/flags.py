@@ -161,9 +161,10 @@ def check_interrupted() -> None:
         raise KeyboardInterrupt
 
 
-def _interrupt(*_):
+def _interrupt(_, frame):
     _interrupted.set()
-    raise KeyboardInterrupt
+    if frame.f_code.co_name != "_xla_gc_callback":  # where Python prints it, and goes on
+        raise KeyboardInterrupt
 
 
 def _stop(message):

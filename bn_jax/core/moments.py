@@ -32,7 +32,7 @@ from bn_jax.core.arrays import (
 )
 
 LARGE = 1 << 19  # elements
-NEAR = 4  # (mean / std)^2
+NEAR = 2  # |mean| / std
 
 
 class Moments(NamedTuple):
@@ -147,8 +147,9 @@ def _local_moments(
     mean, square = (total / some for total in sums)
     var = square - abs2(mean)
     # The difference has 1 + mean^2 / var times the relative error of its terms; of a constant
-    # 3e18 the sum of squares is inf.
-    near = jnp.all((abs2(mean) <= NEAR * var) & (var < jnp.inf))
+    # 3e18 the sum of squares is inf, and of 3e-20 it is 0.
+    std = jnp.sqrt(jnp.maximum(var, 0))
+    near = jnp.all((jnp.abs(mean) <= NEAR * std) & (var < jnp.inf))
     return Moments(*lax.cond(near, lambda x: (mean, var), about_sample, x), count)
 
 

@@ -118,11 +118,11 @@ def test_the_page_keeps_what_is_not_run_again(monkeypatch, tmp_path):
     assert "![scaling](figures/scaling.png)" in text
 
 
-def test_without_a_choice_all_run_but_the_gpus(monkeypatch, tmp_path):
+def test_without_a_choice_all_run_that_can_anywhere(monkeypatch, tmp_path):
     called = []
     monkeypatch.setattr(every, "printed", lambda name: called.append(name) or "")
     every.run(every.Config(out=str(tmp_path / "page.md")))
-    assert called == [name for name in every.PROGRAMS if name != "gpu"]
+    assert called == [name for name in every.PROGRAMS if name not in every.ELSEWHERE]
 
 
 @pytest.mark.parametrize("name", every.PROGRAMS)

@@ -291,7 +291,7 @@ def test_an_unknown_dataset(refused, tmp_path):
 
 
 def test_a_dataset_that_is_not_prepared(refused, tmp_path):
-    message = refused("--dataset=mnist", f"--data_dir={tmp_path}")
+    message = refused("--dataset=mnist", f"--data_dir={tmp_path}", f"--cache_dir={tmp_path}")
     assert f"'mnist' is not prepared in {tmp_path}" in message
     assert "download_and_prepare()" in message
 
