@@ -32,6 +32,7 @@ from bn_jax.core.arrays import (
 )
 
 LARGE = 1 << 19  # elements
+ON_CHIP = 64 << 20  # bytes that XLA may keep on a TPU's chip, of 128 MiB there
 NEAR = 2  # |mean| / std
 
 
@@ -65,7 +66,7 @@ def moments(
     Half-precision input is accumulated in float32, float64 in float64. The relative
     error of `var` in float32 stays below 1e-4 for |mean| up to 1e4 std: the sums are of
     x - c and |x - c|^2 with c the mean of a sample of x, so that neither waits for the
-    other (with a mask c is the mean of all of x, in a pass of its own; on a TPU or one CPU c
+    other (with a mask c is the mean of all of x, in a pass of its own; on TPUs and one CPU c
     is 0 for a large x whose features all have |mean| up to 2 std). Where the sum
     of the squares passes 3.4e38 (a std of 1e17, say, of 3e4 elements) `var` is inf.
 
@@ -185,15 +186,18 @@ def _about(shift, first, second, reduced, average):
 def _raw_sums_first(x):
     """Whether to sum x and x^2, and x - c only if a feature's mean is far from 0.
 
-    On CPU XLA sums x itself in less than half the time of x - c. For TPUs it takes sums of x,
-    but none of x - c, into the convolution that x comes from (`benchmarks.passes`). Of small
-    arrays, as sweeps have under vmap, where both branches are computed, there is little to
-    gain. Devices that share x have collectives in a branch, which all of them take or none:
-    a CPU's fake devices are spared that.
+    On CPU XLA sums x itself in less than half the time of x - c; of small arrays, as sweeps
+    have under vmap, where both branches are computed, there is little to gain. For TPUs it
+    takes sums of x, but none of x - c, into the convolution that x comes from; but what it can
+    keep on the chip it reads for nothing, and a branch would take it from there
+    (`benchmarks.passes`). Devices that share x have collectives in a branch, which all of them
+    take or none: a CPU's fake devices are spared that.
     """
-    large = isinstance(x.size, int) and x.size >= LARGE
-    alone = jax.default_backend() == "cpu" and jax.device_count() == 1
-    return large and (alone or jax.default_backend() == "tpu")
+    if not isinstance(x.size, int):  # not known yet (`jax.export`)
+        return False
+    if jax.default_backend() == "tpu":
+        return x.size * x.dtype.itemsize > ON_CHIP
+    return jax.default_backend() == "cpu" and jax.device_count() == 1 and x.size >= LARGE
 
 
 def _sample_mean(x, reduced, dtype):
