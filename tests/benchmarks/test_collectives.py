@@ -12,7 +12,7 @@ def table(monkeypatch, capsys):
     monkeypatch.setattr(collectives, "FEATURES", (2, 3))
     monkeypatch.setattr(collectives.jax.config, "update", lambda *_: None)  # it has started
     collectives.run(collectives.Config(devices=(1, 2), batch=8, rounds=1))
-    lines = capsys.readouterr().out.splitlines()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
