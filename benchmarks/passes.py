@@ -24,9 +24,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 import os
-import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
@@ -43,6 +41,7 @@ from jax.sharding import SingleDeviceSharding
 
 from benchmarks import contestants
 from benchmarks.contestants import BOTH_WITH_RELU
+from benchmarks.hlo import moved
 from benchmarks.layer import BASELINE, DTYPES, OURS, sizes
 from benchmarks.where import describe_machine
 from bn_jax.errors import UserError
@@ -232,100 +231,6 @@ def count(f: Callable, arguments: tuple, sharding: SingleDeviceSharding) -> Coun
     program = jax.jit(f, out_shardings=sharding).lower(*there).compile()
     kernels = [n for n in moved(program.as_text()) if n]
     return Counted(sum(kernels), program.memory_analysis().temp_size_in_bytes, len(kernels))
-
-
-class Operation(NamedTuple):
-    """A line of a program: its name, the type of its result, what it does, with what."""
-
-    name: str
-    result: str
-    kind: str
-    operands: list[str]
-    rest: str
-
-
-LINE = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)(?= [\w-]+\()|\S+) ([\w-]+)\((.*)$")
-ARRAY = re.compile(r"\b([a-z]+)(\d+)?\w*\[([\d,]*)\](\{[^}]*\})?")
-# A layout's mark of a TPU's memory on the chip, and one that no layout has.
-CHIP, NOWHERE = "S(1)", "none"
-# Operations that run nothing.
-NOTHING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
-
-
-def moved(text: str) -> list[int]:
-    """Bytes that each operation of a compiled program reads and writes in main memory."""
-    found = computations(text)
-    types = {operation.name: operation.result for operation in found["ENTRY"]}
-    bytes_of = []
-    for operation in found["ENTRY"]:
-        kind, result = operation.kind, operation.result
-        if kind in NOTHING or kind.endswith(("-done", "-update")):
-            continue
-        if kind in ("copy-start", "slice-start"):
-            source, copy = copied(operation)
-            bytes_of.append((size(copy, NOWHERE) if size(source) else 0) + size(copy))
-            continue
-        inner = re.search(r"calls=%?([\w.-]+)", operation.rest)
-        inside = found[inner[1]] if kind == "fusion" else []
-        # Whichever branch of a conditional is taken, what it reads is not known.
-        operands = [] if kind == "conditional" else operation.operands
-        read = sum(min(size(types[v]), sliced(inside, i)) for i, v in enumerate(operands))
-        bytes_of.append(read + size(result))
-    return bytes_of
-
-
-def copied(operation: Operation) -> tuple[str, str]:
-    """Types of what is copied and of the copy, which a result has the other way round."""
-    first, second = (match[0] for match in list(ARRAY.finditer(operation.result))[:2])
-    return (second, first) if operation.kind == "copy-start" else (first, second)
-
-
-def sliced(inside: list[Operation], number: int) -> float:
-    """Bytes that a fusion takes of an operand, if it takes slices of it and nothing else."""
-    names = [
-        operation.name
-        for operation in inside
-        if operation.kind == "parameter" and operation.rest.startswith(f"{number})")
-    ]
-    users = [operation for operation in inside if set(names) & set(operation.operands)]
-    if users and all(user.kind == "slice" for user in users):
-        return sum(size(user.result) for user in users)
-    return math.inf
-
-
-def computations(text: str) -> dict[str, list[Operation]]:
-    """The operations of each, by its name; the main one's is `ENTRY`."""
-    found: dict[str, list[Operation]] = {}
-    for line in text.splitlines():
-        if line.endswith("{") and "->" in line:
-            name = line.split()[0].lstrip("%")
-            operations = found.setdefault(name, [])
-        elif match := LINE.match(line):
-            rest = match[4]
-            arguments = rest[: closing(rest)]
-            names = re.findall(r"%([\w.-]+)", arguments)
-            operations.append(Operation(match[1], match[2], match[3], names, rest))
-    return found
-
-
-def closing(text: str) -> int:
-    """Where the parenthesis that was opened before the text is closed."""
-    depth = 1
-    for place, character in enumerate(text):
-        depth += (character == "(") - (character == ")")
-        if not depth:
-            return place
-    return len(text)
-
-
-def size(result: str, but: str = CHIP) -> int:
-    """Bytes of a type's arrays, but for those in a memory of their own."""
-    total = 0
-    for kind, bits, dimensions, layout in ARRAY.findall(result):
-        if but not in layout:
-            width = 1 if kind == "pred" else int(bits or 0) / 8
-            total += width * math.prod(int(d) for d in dimensions.split(",") if d)
-    return int(total)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,8 @@ def _local_moments(
         # Here and not only in the sums: the derivative of a weight of 0 times NaN is NaN.
         return _twice(x if w is None else jnp.where(w > 0, x, 0), dtype)
 
-    # Of x as it came: another XLA would store, on a TPU to slice it, everywhere to branch.
+    # Of x as it came: one that is converted or masked XLA would store, on a TPU to slice it,
+    # everywhere to branch.
     def about_sample(x):
         first, second = twice(x)
         # A mask may leave out the whole sample: then the shift is a mean of its own pass.
@@ -142,8 +143,8 @@ def _local_moments(
         return Moments(*about_sample(x), count)
     first, second = twice(x)
     raw = first, abs2(second)
-    # Both are 0 where w is, so that a mask has done what it does. In another product XLA on CPU
-    # would store float32 arrays.
+    # Both are 0 where w is: a boolean mask needs no product more, for which XLA on CPU would
+    # store float32 arrays.
     sums = ((v if alike else w * v).sum(reduced) for v in raw)
     mean, square = (total / some for total in sums)
     var = square - abs2(mean)
