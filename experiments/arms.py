@@ -143,7 +143,7 @@ def build_run(config: Config, arm: Arm, dataset: Any) -> Any:
         rows = jax.eval_shape(lambda: batches(key, 0, 1)[0])
         state = jax.eval_shape(run.init, key, swept, dataset.train.inputs)
         jax.eval_shape(run.step, state, swept, dataset.train, rows)
-    except ValueError as e:
+    except (TypeError, ValueError) as e:
         widths = f" --features={listed(config.features)}" if config.features else ""
         raise UserError(f"--model={config.model}{widths}: {e}") from e
     return run

@@ -34,6 +34,8 @@ REFUSAL = "one element per feature"
 # Validation errors in per cent on ImageNet with batches of 32 and of 2 for each worker.
 WU_HE = {"bn": (23.6, 34.7), "group": (24.1, 24.1)}
 LARGE, SMALL = 32, 2
+# Flags that say a number of steps of --batch_size examples.
+IN_STEPS = ("steps", "eval_every", "warmup_steps", "decay_steps")
 FLAT = 0.01  # an error that rises by no more than this is called flat
 # Validation accuracy in per cent on ImageNet, statistics of 4 examples.
 IOFFE, IOFFE_SIZE = {"bn": 74.2, "renorm": 76.5}, 4
@@ -141,14 +143,19 @@ def cells(config: Config) -> list[Cell]:
 
 
 def arms(config: Config) -> dict[str, compare.Arm]:
-    """Every combination, by its name; with as many examples, and evaluations, as any."""
+    """Every combination, by its name; with as many examples, and evaluations, as any.
+
+    The steps of a schedule are as many examples too.
+    """
 
     def arm(cell):
-        steps, every = (
-            n * config.batch_size // cell.batch_size for n in (config.steps, config.eval_every)
-        )
-        changes = {"batch_size": cell.batch_size, "steps": steps, "eval_every": every}
-        return norms(steps)[cell.norm]._replace(changes=changes)
+        changes = {
+            name: max(n * config.batch_size // cell.batch_size, 1)
+            for name in IN_STEPS
+            if (n := getattr(config, name))
+        }
+        changes["batch_size"] = cell.batch_size
+        return norms(changes["steps"])[cell.norm]._replace(changes=changes)
 
     return {cell.name: arm(cell) for cell in cells(config)}
 

@@ -40,7 +40,7 @@ class WritingConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.out or Path(self.out).exists():
+        if not self.out or Path(self.out).expanduser().exists():
             raise UserError(f"--out={self.out}: name a folder that is not there yet")
 
 
@@ -97,7 +97,10 @@ def _model(spec):
     except (ImportError, AttributeError, ValueError) as e:
         raise UserError(f"--model={spec}: {e}") from e
     kinds = nn.Module | nnx.Module
-    found = found if isinstance(found, kinds) else found()
+    try:
+        found = found if isinstance(found, kinds) else found()
+    except TypeError as e:
+        raise UserError(f"--model={spec} is called without arguments: {e}") from e
     if not isinstance(found, kinds):
         raise UserError(f"--model={spec} is a {type(found).__name__}, not a Linen or NNX model")
     return found

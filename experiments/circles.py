@@ -22,7 +22,7 @@ from experiments.flags import flag
 
 EXPERIMENT = "circles"
 QUESTION = "Does BatchNorm help on two circles, before or after the activation?"
-STEPS_PER_EPOCH = 500 // 32
+STEPS_PER_EPOCH = 500 // 32  # of the source
 # Accuracy on the training and test set, of one run of each.
 ACCURACIES = {"none": (0.838, 0.846), "bn": (0.846, 0.848), "bn_before": (0.826, 0.830)}
 # Epochs until 80 % of the test set are right.
@@ -31,6 +31,12 @@ INITIAL_WEIGHTS = {
     "quantity": "distribution of initial weights", "here": "normal", "source": "uniform",
 }  # fmt: skip
 WITHIN = 0.02  # the standard deviation of an accuracy of .84 over 500 points is .016
+# Flags that make a run another one than the source's.
+WHOLE = (
+    "dataset", "train_examples", "test_examples", "validation_fraction", "scaling", "features",
+    "activation", "optimizer", "learning_rates", "init_scales", "momentums", "batch_size",
+    "steps", "target",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +63,12 @@ class Config(compare.Config):
     target: float | None = flag(0.8, "test accuracy to reach")
     validation_fraction: float = flag(0.0, "as in experiments.compare")
     scaling: str = flag("raw", "as in experiments.compare")
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is the source's network, data and training."""
+        source = Config()
+        return all(getattr(self, name) == getattr(source, name) for name in WHOLE)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -85,22 +97,26 @@ def arms() -> dict[str, compare.Arm]:
 
 def extra(training: compare.Training, weights: dict) -> compare.Extra:
     """The published numbers beside ours, the data, and decision regions of the first seed."""
-    dataset, published = training.dataset, list(rows(training.records, training.summary))
-    figures = ()
+    dataset, figures = training.dataset, ()
     if dataset.train.inputs.shape[1:] == (2,) and dataset.num_classes == 2:
         figures = (regions(training, weights),)
-    return compare.Extra({"published": published}, figures)
+    return compare.Extra({"published": list(rows(training))}, figures)
 
 
-def rows(records: list[dict], summary: dict) -> Iterator[dict[str, Any]]:
-    """Final accuracy and epochs to the target, of every arm; what is set otherwise here."""
+def rows(training: compare.Training) -> Iterator[dict[str, Any]]:
+    """Final accuracy and epochs to the target, of every arm; what is set otherwise here.
+
+    Judged is a run of the source's setting.
+    """
+    summary, judged = training.summary, training.config.is_whole
+    per_epoch = training.dataset.train.labels.size // training.config.batch_size
     medians = {
-        a["arm"]: [v and v / STEPS_PER_EPOCH for v in _numbers(a["steps_to_target"])]
+        a["arm"]: [v and v / per_epoch for v in _numbers(a["steps_to_target"])]
         for a in summary["arms"]
     }
     for arm in summary["arms"]:
         name, published = arm["arm"], ACCURACIES.get(arm["arm"])
-        own = [r for r in records if r["arm"] == name]
+        own = [r for r in training.records if r["arm"] == name]
         final = [
             statistics.median(r[f"{split}_accuracy"][-1] or 0.0 for r in own)
             for split in ("validation", "test")
@@ -109,16 +125,19 @@ def rows(records: list[dict], summary: dict) -> Iterator[dict[str, Any]]:
             "quantity": f"{name}: accuracy, training / test",
             "here": _pair(final),
             "source": published and _pair(published),
-            "agrees": published
-            and all(abs(f - p) <= WITHIN for f, p in zip(final, published, strict=True)),
+            "agrees": _near(final, published) if judged and published else None,
         }
         yield {
             "quantity": f"{name}: epochs to {summary['target']['value']:.0%}",
             "here": _epochs(medians[name], arm),
             "source": EPOCHS.get(name),
-            "agrees": _as_published(name, medians),
+            "agrees": _as_published(name, medians) if judged else None,
         }
     yield INITIAL_WEIGHTS
+
+
+def _near(found, published):
+    return all(abs(f - p) <= WITHIN for f, p in zip(found, published, strict=True))
 
 
 def _as_published(name, medians):

@@ -38,7 +38,8 @@ def accuracy(
     """From variables of an arm's network to its accuracy on a split, float32 `[]`.
 
     As at inference; or, with a `batch_size`, with the statistics of batches of that size, or
-    of the whole split where that is smaller. Of what is left over at the end nothing counts.
+    of the whole split where that is smaller, and without dropout. Of what is left over at the
+    end nothing counts.
     """
     import jax
     from jax import lax
@@ -48,6 +49,8 @@ def accuracy(
 
     run = training.runs[arm]
     model = run.model(Swept())
+    if getattr(model, "dropout", 0):
+        model = model.clone(dropout=0.0)
     train, examples = batch_size is not None, split.labels.size
     size = min(batch_size or examples, examples)
     count = examples // size

@@ -154,12 +154,16 @@ def measure(training: compare.Training, weights: dict) -> dict[Cell, Measured]:
         runs = best[cell.name]
         keys = [(cell.name, Point.of(r), r["seed"]) for r in runs]
         test = [crossed.final(r) for r in runs]
-        train = [accuracy[cell.norm](weights[key]) for key in keys]
+        # What has diverged has no accuracy, and no gap.
+        train = [
+            0.0 if r["diverged_at"] is not None else float(accuracy[cell.norm](weights[key]))
+            for r, key in zip(runs, keys, strict=True)
+        ]
         measured[cell] = Measured(
             runs[0]["learning_rate"],
             [crossed.final(r, "validation_accuracy") for r in runs],
             test,
-            [float(a) - b for a, b in zip(train, test, strict=True)],
+            [a - b for a, b in zip(train, test, strict=True)],
             sum(r["diverged_at"] is not None for r in runs),
         )
     return measured

@@ -25,6 +25,14 @@ def split_axes(shape: tuple[int, ...], axis: Axes) -> tuple[tuple[int, ...], tup
     return kept, tuple(a for a in range(rank) if a not in kept)
 
 
+def examples_axis(x: jax.Array, axis: Axes) -> int:
+    """The axis along which the examples lie: the first that is not a feature axis."""
+    reduced = split_axes(x.shape, axis)[1]
+    if not reduced:
+        raise ValueError(f"axis={axis} leaves no axis of examples in a shape of {x.shape}")
+    return reduced[0]
+
+
 def feature_shape(shape: tuple[int, ...], axis: Axes) -> tuple[int, ...]:
     """`[features]`: the sizes of the feature axes, in their order."""
     return tuple(shape[a] for a in split_axes(shape, axis)[0])
@@ -118,10 +126,15 @@ def weigh(v: jax.Array, w: jax.Array | None) -> jax.Array:
     return v if w is None else jnp.where(w > 0, w * v, 0)
 
 
-def element_count(x: jax.Array, reduced: tuple[int, ...], w: jax.Array | None) -> jax.Array:
-    """Sum of the weights per feature; `[]` unless the mask differs between features."""
+def check_some(x: jax.Array) -> None:
+    """Raises a ValueError where x has no elements."""
     if x.size == 0:
         raise ValueError(f"no elements to normalise over in an input of shape {x.shape}")
+
+
+def element_count(x: jax.Array, reduced: tuple[int, ...], w: jax.Array | None) -> jax.Array:
+    """Sum of the weights per feature; `[]` unless the mask differs between features."""
+    check_some(x)
     if w is None:
         count = math.prod(x.shape[a] for a in reduced)
         return jnp.asarray(count, real_dtype(x))

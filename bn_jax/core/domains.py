@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from bn_jax.core import sync as _sync
-from bn_jax.core.arrays import Axes, feature_shape, split_axes, weights
+from bn_jax.core.arrays import Axes, examples_axis, feature_shape, split_axes, weights
 from bn_jax.core.batch_norm import normalize
 from bn_jax.core.moments import Moments, moments
 
@@ -126,13 +126,11 @@ def _moments_of_examples(x, first, axis, w):
 
 def _check_domain(x, domain, num_domains, axis):
     """The axis of the examples, and the domains with all that do not exist as one of them."""
-    reduced = split_axes(x.shape, axis)[1]
-    if not reduced:
-        raise ValueError(f"axis={axis} leaves no axis of examples in a shape of {x.shape}")
-    domain, examples = jnp.asarray(domain), x.shape[reduced[0]]
+    first = examples_axis(x, axis)
+    domain, examples = jnp.asarray(domain), x.shape[first]
     if domain.shape != (examples,) or not jnp.issubdtype(domain.dtype, jnp.integer):
         raise ValueError(
             f"domain of shape {domain.shape} and {domain.dtype}: one int for each of "
             f"{examples} examples"
         )
-    return reduced[0], jnp.where(domain < 0, num_domains, domain)
+    return first, jnp.where(domain < 0, num_domains, domain)

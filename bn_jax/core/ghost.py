@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bn_jax.core import sync as _sync
-from bn_jax.core.arrays import Axes, split_axes, weights, widen
+from bn_jax.core.arrays import Axes, check_some, examples_axis, weights, widen
 from bn_jax.core.batch_norm import batch_norm, refuse_single
 from bn_jax.core.moments import Moments
 
@@ -55,7 +55,8 @@ def ghost_batch_norm(
         fit the devices.
     """
     x = jnp.asarray(x)
-    first = _first(x.shape, axis)
+    check_some(x)
+    first = examples_axis(x, axis)
     if group_size < 1:
         raise ValueError(f"group_size={group_size}: a group has at least one example")
     if "axis_index_groups" in options:
@@ -65,9 +66,10 @@ def ghost_batch_norm(
     n, size = x.shape[first], 1 if axis_name is None else lax.axis_size(axis_name)
     group_size = min(group_size, n * size)
     devices = _devices_in_a_group(n, size, group_size, strided)
-    groups = -(-n // group_size) if devices == 1 else -(-n * size // group_size)
-    smallest = n // groups if strided else n - (groups - 1) * group_size
-    if not allow_single and devices == 1:
+    examples = n if devices == 1 else n * size
+    groups = -(-examples // group_size)
+    smallest = examples // groups if strided else examples - (groups - 1) * group_size
+    if not allow_single:
         refuse_single((*x.shape[:first], smallest, *x.shape[first + 1 :]), axis)
     if devices > 1 and not strided:
         return _spanning(given, devices, size, axis_name, options)
@@ -140,10 +142,3 @@ def _split(given, first, groups, per_group, strided, options):
 
 def _at(shape, axis, size):
     return (*shape[:axis], size, *shape[axis + 1 :])
-
-
-def _first(shape, axis):
-    reduced = split_axes(shape, axis)[1]
-    if not reduced:
-        raise ValueError(f"axis={axis} leaves no axis of examples in a shape of {shape}")
-    return reduced[0]

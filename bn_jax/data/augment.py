@@ -52,11 +52,16 @@ AUGMENTATIONS: dict[str, Augmentation] = {"shift": shift, "flip": flip, "distort
 
 
 def augmentation(names: Sequence[str]) -> Augmentation | None:
-    """Those of the names, one after another; None for none."""
+    """Those of the names, one after another; None for none.
+
+    What comes back raises a ValueError for inputs that are no images.
+    """
     if not names:
         return None
 
     def apply(key, images):
+        if images.ndim != 4:
+            raise ValueError(f"augmentation is for images, not inputs of shape {images.shape}")
         for name, part in zip(names, jax.random.split(key, len(names)), strict=True):
             images = AUGMENTATIONS[name](part, images)
         return images

@@ -12,7 +12,7 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -108,7 +108,12 @@ def reading(source: Source):
 
 def _read(source, say):
     builder = prepared(source)
-    classes = _check_features(source.name, builder.info.features)
+    shape, classes = image_and_classes(source.name, builder.info.features)
+    if None in shape:
+        raise UserError(
+            f"dataset {source.name!r} has images of shape {shape}: only sets whose images are "
+            "all of one size can be held on the device"
+        )
     splits = _splits(source.name, builder.info)
     count = sum(builder.info.splits[s].num_examples for s in splits)
     say(f"decoding the {count:,} images of {source.name}; the next start finds them cached")
@@ -199,26 +204,24 @@ def _not_there(source, reason="there is no such config"):
     )
 
 
-def _check_features(name, features):
-    """The number of classes."""
-    import tensorflow_datasets as tfds
+def image_and_classes(name: str, features: Any) -> tuple[tuple[int | None, ...], int]:
+    """Shape of the images and number of classes of a set with these features.
 
+    Raises:
+      UserError: it is no image classification set.
+    """
+    import tensorflow_datasets
+
+    kinds = tensorflow_datasets.features
     features = dict(features.items()) if hasattr(features, "items") else {}
-    found = ", ".join(f"{k}: {type(v).__name__}" for k, v in features.items())
     image, label = features.get(INPUT), features.get(LABEL)
-    if not isinstance(image, tfds.features.Image) or not isinstance(
-        label, tfds.features.ClassLabel
-    ):
+    if not isinstance(image, kinds.Image) or not isinstance(label, kinds.ClassLabel):
+        found = ", ".join(f"{k}: {type(v).__name__}" for k, v in features.items())
         raise UserError(
             f"dataset {name!r} has the features {found}: an image classification set has "
             f"{INPUT!r} (Image) and {LABEL!r} (ClassLabel)"
         )
-    if None in image.shape:
-        raise UserError(
-            f"dataset {name!r} has images of shape {image.shape}: only sets whose images "
-            "are all of one size can be held on the device"
-        )
-    return label.num_classes
+    return image.shape, label.num_classes
 
 
 def _splits(name, info):

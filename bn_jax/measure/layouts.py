@@ -102,6 +102,9 @@ class Grid(Single):
         self.block = _block(jax.device_count(), points, seeds)
         axes = (AxisType.Auto, AxisType.Auto)
         self._mesh = jax.make_mesh(self.block, ("points", "seeds"), axis_types=axes)
+        everywhere = NamedSharding(self._mesh, P())
+        # Of numbers that are traced: compiled once, and not for every run.
+        self._pick = jax.jit(super().own, out_shardings=everywhere)
 
     def program(self, f, kinds, donate=(), out="run"):
         specs, out = tuple(SPECS[k] for k in kinds), SPECS[out]
@@ -114,9 +117,7 @@ class Grid(Single):
         return put(tree, NamedSharding(self._mesh, SPECS[kind]))
 
     def own(self, state, i, j):
-        everywhere = NamedSharding(self._mesh, P())
-        pick = jax.jit(lambda s: jax.tree.map(lambda v: v[i, j], s), out_shardings=everywhere)
-        return jax.tree.map(lambda v: v.addressable_data(0), pick(state))
+        return jax.tree.map(lambda v: v.addressable_data(0), self._pick(state, i, j))
 
 
 class Batch(Single):

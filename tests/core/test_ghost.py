@@ -225,6 +225,7 @@ def test_jit_with_sharding(make_mesh, group_size, strided):
         ((6, 3), {"group_size": 1}, r"one element per feature.*\(1, 3\)"),
         ((5, 3), {"group_size": 2}, "one element per feature"),
         ((3, 3), {"group_size": 2, "strided": True}, "one element per feature"),
+        ((0, 3), {"group_size": 2}, r"no elements .*\(0, 3\)"),
         ((6, 3), {"group_size": 2, "axis": (0, 1)}, r"axis=\(0, 1\)"),
         ((6, 3), {"group_size": 2, "axis_index_groups": [[0]]}, "axis_index_groups"),
         ((6, 3), {"group_size": 2, "mask": np.ones(6)}, r"mask of shape \(6,\)"),
@@ -252,6 +253,12 @@ def test_groups_that_do_not_fit_the_devices(group_size, strided, message):
     )
     with pytest.raises(ValueError, match=message):
         jax.vmap(f, axis_name="batch")(jnp.ones((4, 4, 3)))
+
+
+def test_a_group_of_one_beside_groups_of_two_devices():
+    f = functools.partial(ghost_batch_norm, group_size=2, axis_name="batch")
+    with pytest.raises(ValueError, match="one element per feature"):
+        jax.vmap(f, axis_name="batch")(jnp.ones((5, 1, 3)))
 
 
 def test_groups_of_one_that_are_allowed():

@@ -159,6 +159,7 @@ def test_diagnose_after_recalibration(folder, tmp_path, capsys):
         ("model", "foreign_models:none", "has no attribute 'none'"),
         ("model", "no_such_module:none", "No module named"),
         ("model", "builtins:dict", "is a dict, not a Linen or NNX model"),
+        ("model", "flax.linen:Dense", "--model=flax.linen:Dense is called without arguments"),
         ("checkpoint", "nowhere", "--checkpoint=nowhere: there is no such folder"),
         ("checkpoint", "folder", "no Orbax checkpoint"),
         ("checkpoint", "make_nnx", "has no params at its top: there are layers"),
@@ -169,6 +170,7 @@ def test_diagnose_after_recalibration(folder, tmp_path, capsys):
         ("evaluate", "training=False", "unexpected keyword argument"),
         ("out", "linen", "name a folder that is not there yet"),
         ("out", "", "name a folder that is not there yet"),
+        ("out", "~", "name a folder that is not there yet"),
     ],
 )
 def test_refusals(folder, server, tmp_path, flag, value, message):

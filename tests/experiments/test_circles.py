@@ -86,6 +86,28 @@ def test_the_published_numbers_stand_beside_ours(finished):
     setting = rows["distribution of initial weights"]
     assert (setting["here"], setting["source"]) == ("normal", "uniform")
     assert "agrees" not in setting
+    # Of another width and length than the source's.
+    assert all(row.get("agrees") is None for row in summary["published"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "epochs", "agrees"),
+    [({}, "20 [20, 20]", True), ({"batch_size": 64, "steps": 705}, "43 [43, 43]", None)],
+)
+def test_epochs_are_those_of_the_run(flags, epochs, agrees):
+    from bn_jax.data import load
+
+    arm = {
+        "arm": "bn", "seeds": 10, "reached": 10,
+        "steps_to_target": {"median": 300, "ci95": [300, 300]},
+    }  # fmt: skip
+    summary = {"arms": [arm], "target": {"value": 0.8}}
+    record = {"arm": "bn", "validation_accuracy": [0.846], "test_accuracy": [0.848]}
+    config, dataset = circles.Config(**flags), load("circles", validation_fraction=0)
+    training = circles.compare.Training(config, dataset, {}, [record], summary)
+    accuracy, to_target, _ = circles.rows(training)
+    assert to_target["here"].startswith(epochs)
+    assert (accuracy["agrees"], to_target["agrees"]) == (agrees, agrees)
 
 
 def test_the_momentum_is_the_arms_own(finished):

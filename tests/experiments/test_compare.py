@@ -285,6 +285,18 @@ def test_names_that_are_unknown(refused, name):
     assert CHOICES[name] in message
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        *((["--dataset=circles", f"--augment={name}"], "augmentation is for images")
+          for name in ("flip", "shift", "distort")),
+        (["--model=lstm", "--places=recurrent", "--arms=group"], "--model=lstm"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_the_network(refused, argv, message):
+    assert message in refused(*argv)
+
+
 def test_an_unknown_dataset(refused, tmp_path):
     message = refused("--dataset=nothing", f"--data_dir={tmp_path}")
     assert "unknown dataset 'nothing': circles, digits, or" in message

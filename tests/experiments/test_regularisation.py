@@ -117,6 +117,17 @@ def test_a_tiny_run(tmp_path):
     assert "Beside the published numbers" in (folder / "report.html").read_text()
 
 
+def test_what_diverged_has_no_gap(tmp_path):
+    config = regularisation.Config(
+        dataset="digits", train_examples=40, features=(8,), arms=("none",), dropouts=(0.0,),
+        l2s=(0.0,), learning_rates=(1e30,), seeds=1, steps=4, batch_size=20, eval_every=4,
+        activation="relu", workdir=str(tmp_path / "w"),
+    )  # fmt: skip
+    with redirect_stdout(io.StringIO()):
+        (found,) = regularisation.run(config)["combinations"]
+    assert (found["diverged"], found["gap"]["median"]) == (1, 0)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -173,3 +173,13 @@ def test_collectives_of_a_step(layers, mode):
     text = devices.program(step, kinds).lower(state, swept, data, rows).compile().as_text()
     assert text.count(" all-reduce(") == 1 + 3 * layers
     assert "all-gather" not in text
+
+
+def test_runs_of_a_grid_are_picked_by_one_program(caplog):
+    """A watcher looks at every run after every evaluation."""
+    devices = Grid(2, 4)
+    runs = devices.put({"w": np.arange(8.0).reshape(2, 4)}, "run")
+    with jax.log_compiles():
+        picked = [float(devices.own(runs, i, j)["w"]) for i in range(2) for j in range(4)]
+    assert picked == list(range(8))
+    assert caplog.text.count("Finished XLA compilation") == 1
