@@ -96,7 +96,7 @@ def training_step(
     data: Callable[[], tuple[jax.Array, jax.Array]],
     start: Callable[[Any], TrainState],
 ) -> Callable[[], Any]:
-    """Its call gives the state after the first step of a run, and the loss before it.
+    """Its call gives the state after the first step of a run, and `Metrics` before it.
 
     `start` is given a norm whose variables have the names of this one's.
     """
@@ -105,7 +105,7 @@ def training_step(
 
 
 def step_of(name: str, norm: Any) -> Callable[..., Any]:
-    """(state, images, labels) to the state after a training step, and the loss before it."""
+    """(state, images, labels) to the state after a training step, and `Metrics` before it."""
     model, tx = network(name, norm), optimizer(RULE, RATE)
     return functools.partial(train_step, model=model, optimizer=tx)
 

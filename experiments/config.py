@@ -9,29 +9,90 @@ from typing import Any, ClassVar
 from bn_jax.errors import UserError
 from experiments.flags import Quick, flag
 
-COUNTS = (
-    "seeds", "steps", "epochs", "batch_size", "eval_every", "max_runs_at_once", "patience",
-    "decay_steps", "train_examples", "test_examples",
-)  # fmt: skip
-# Numbers with the smallest and the largest value that makes sense; None is always allowed.
-RANGES = {
-    "dropout": (0, 1), "label_smoothing": (0, 1), "decay_rate": (0, math.inf),
-    "warmup_steps": (0, math.inf), "l2": (0, math.inf), "weight_decay": (0, math.inf),
-    "clip": (0, math.inf), "bn_group_size": (0, math.inf),
-    "checkpoint_every": (0, math.inf),
-}  # fmt: skip
+
+@dataclasses.dataclass(frozen=True)
+class Shared(Quick):
+    """The flags, and the checks, that a comparison shares with `experiments.imagenet`."""
+
+    # Flags that are lists of one or more, each once.
+    LISTS: ClassVar[tuple[str, ...]] = ("arms",)
+    # Numbers of at least 1.
+    COUNTS: ClassVar[tuple[str, ...]] = (
+        "train_examples", "test_examples", "steps", "epochs", "batch_size", "eval_every",
+    )  # fmt: skip
+    # Numbers with the smallest and the largest value that makes sense; None is always allowed.
+    RANGES: ClassVar[dict[str, tuple[float, float]]] = {
+        "label_smoothing": (0, 1), "l2": (0, math.inf), "weight_decay": (0, math.inf),
+        "bn_group_size": (0, math.inf), "checkpoint_every": (0, math.inf),
+    }  # fmt: skip
+
+    data_dir: str | None = flag(
+        None, "of tensorflow-datasets; else TFDS_DATA_DIR, else ~/tensorflow_datasets"
+    )
+    test_examples: int | None = flag(
+        None, "test on the first so many of the test examples; by default on all"
+    )
+    bn_group_size: int | None = flag(
+        None,
+        "examples that share statistics in a BatchNorm, however many devices there are; by "
+        "default all of the batch; 0: those of a device",
+    )
+    target: float | None = flag(
+        None, "test accuracy to reach, in (0, 1]; by default the best that the baseline reached"
+    )
+    coordinator: str | None = flag(
+        None, "host:port of process 0, where several processes are one run: see docs/scaling.md"
+    )
+    num_processes: int | None = flag(None, "how many processes there are")
+    process_id: int | None = flag(None, "which of them this is, from 0")
+    workdir: str | None = flag(
+        None, "folder for the results; by default runs/<experiment>/<time>"
+    )
+    overwrite: bool = flag(False, "delete the run that is in the workdir")
+    resume: bool = flag(True, "go on with the run in the workdir, if its flags are the same")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):  # as one writes in a notebook
+                object.__setattr__(self, field.name, tuple(value))
+        self.apply_quick()
+        self.check()
+
+    def check(self) -> None:
+        """Raises a UserError for a flag that makes no sense."""
+        for name in self.COUNTS:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name}={value}: it must be at least 1")
+        for name in self.LISTS:
+            values = getattr(self, name)
+            if values is not None and (not values or len(set(values)) != len(values)):
+                raise UserError(f"--{name}={listed(values)}: name one or more, each once")
+        for name, (low, high) in self.RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UserError(f"--{name}={value}: it must be from {low} to {high}")
+        if self.target is not None and not 0 < self.target <= 1:
+            raise UserError(f"--target={self.target}: an accuracy is in (0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Quick):
+class Config(Shared):
     """Every flag of a comparison; see `python -m experiments.compare --help`.
 
     An experiment that rests on it is a subclass with other defaults and with `QUICK`, what
     `--quick` changes of them. A flag that is given stands, with `--quick` too.
     """
 
-    # Flags that are lists of one or more, each once.
     LISTS: ClassVar = ("learning_rates", "init_scales", "momentums", "arms", "places")
+    COUNTS: ClassVar = (
+        *Shared.COUNTS, "seeds", "max_runs_at_once", "patience", "decay_steps",
+    )  # fmt: skip
+    RANGES: ClassVar = Shared.RANGES | {
+        "dropout": (0, 1), "decay_rate": (0, math.inf), "warmup_steps": (0, math.inf),
+        "clip": (0, math.inf),
+    }  # fmt: skip
     QUICK: ClassVar[dict[str, Any]] = {"seeds": 2, "steps": 300}
 
     dataset: str = flag(
@@ -41,9 +102,6 @@ class Config(Quick):
     )
     train_examples: int | None = flag(
         None, "train on so many of the training examples, chosen at random; by default on all"
-    )
-    test_examples: int | None = flag(
-        None, "test on the first so many of the test examples; by default on all"
     )
     validation_fraction: float = flag(
         0.2,
@@ -121,14 +179,6 @@ class Config(Quick):
         "stop a run after so many evaluations without a better validation accuracy, and go "
         "back to the best",
     )
-    target: float | None = flag(
-        None, "test accuracy to reach, in (0, 1]; by default the best that the baseline reached"
-    )
-    bn_group_size: int | None = flag(
-        None,
-        "examples that share statistics in a BatchNorm, however many devices there are; by "
-        "default all of the batch; 0: those of a device",
-    )
     parallel: str = flag(
         "auto",
         "how several devices share the work: grid (runs of their own), pmap, jit or shard_map "
@@ -136,54 +186,22 @@ class Config(Quick):
         "their own); auto: grid where there is a run for every device, else pmap, or in "
         "several processes shard_map; on one CPU cores for small networks, else single",
     )
-    coordinator: str | None = flag(
-        None, "host:port of process 0, where several processes are one run: see docs/scaling.md"
-    )
-    num_processes: int | None = flag(None, "how many processes there are")
-    process_id: int | None = flag(None, "which of them this is, from 0")
     max_runs_at_once: int | None = flag(
         None, "runs trained together on a device; by default as many as fit in 2 GiB"
     )
     summary: bool = flag(False, "print the layers of every arm's network first")
     tensorboard: bool = flag(False, "write events for TensorBoard to the workdir too")
     quick: bool = flag(False, "smaller: a look in less than two minutes on two cores")
-    data_dir: str | None = flag(
-        None, "of tensorflow-datasets; else TFDS_DATA_DIR, else ~/tensorflow_datasets"
-    )
     cache_dir: str | None = flag(
         None, "for decoded datasets and compiled programs; by default ~/.cache/bn_jax"
     )
-    workdir: str | None = flag(
-        None, "folder for the results; by default runs/<experiment>/<time>"
-    )
-    overwrite: bool = flag(False, "delete the run that is in the workdir")
-    resume: bool = flag(True, "go on with the run in the workdir, if its flags are the same")
     checkpoint_every: float = flag(
         60.0, "seconds of training between checkpoints; 0: after every evaluation"
     )
 
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, list):  # as one writes in a notebook
-                object.__setattr__(self, field.name, tuple(value))
-        self.apply_quick()
-        self.check()
-
     def check(self) -> None:
         """Raises a UserError for a flag that makes no sense."""
-        for name in COUNTS:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name}={value}: it must be at least 1")
-        for name in self.LISTS:
-            values = getattr(self, name)
-            if values is not None and (not values or len(set(values)) != len(values)):
-                raise UserError(f"--{name}={listed(values)}: name one or more, each once")
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise UserError(f"--{name}={value}: it must be from {low} to {high}")
+        super().check()
         if self.features is not None and not (self.features and min(self.features) > 0):
             raise UserError(f"--features={listed(self.features)}: name widths of at least 1")
         if not 0 <= self.seed < 2**31 - self.seeds:
@@ -195,8 +213,6 @@ class Config(Quick):
         for value in self.momentums:
             if not 0 <= value < 1:
                 raise UserError(f"--momentums: {value} must be in [0, 1)")
-        if self.target is not None and not 0 < self.target <= 1:
-            raise UserError(f"--target={self.target}: an accuracy is in (0, 1]")
         if self.steps % self.eval_every:
             raise UserError(
                 f"--eval_every={self.eval_every} does not divide --steps={self.steps}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import os
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from jax.experimental.multihost_utils import process_allgather
 
 from bn_jax.data.imagenet import Records, batches, to_device
 from bn_jax.errors import UserError
+from bn_jax.measure.apart import cores
 from bn_jax.training.distributed import everyone
 from experiments.flags import Stopped
 from experiments.position import Position, evaluations, from_tree, to_tree
@@ -214,8 +214,7 @@ class Training:
 
 def workers(config: Any) -> int:
     """How many processes decode."""
-    given = config.workers
-    return len(os.sched_getaffinity(0)) - 1 if given is None else given
+    return cores() - 1 if config.workers is None else config.workers
 
 
 def total(number: int) -> int:

@@ -16,11 +16,11 @@ from bn_jax.data.imagenet import Records, open_split
 from bn_jax.errors import UserError
 from bn_jax.measure.layouts import layout
 from bn_jax.models import FAMILIES
-from bn_jax.training.optimizers import optimizer
-from bn_jax.training.schedules import schedule
+from bn_jax.training.optimizers import RULES, optimizer
+from bn_jax.training.schedules import SCHEDULES, schedule
 from experiments.arms import Arm, chosen_arms, grid, grouped, norm_arms
 from experiments.epochs import Sets
-from experiments.imagenet_config import Config
+from experiments.imagenet_config import Config, check_known
 from experiments.position import Position, evaluations
 from experiments.streaming import Network, Programs
 
@@ -64,7 +64,9 @@ def build(config: Config, sets: Sets) -> tuple[Config, dict[str, Network]]:
     Raises:
       UserError: a flag is unknown, or the warm-up has no end.
     """
-    layout(config.parallel, 1, 1)  # an unknown one is refused before anything is written
+    # What is unknown is refused before anything is written.
+    layout(config.parallel, 1, 1)
+    check_known(config, {"optimizer": RULES, "schedule": ("goyal", *SCHEDULES)})
     epoch = sets.train.ends[-1] // config.batch_size
     steps = config.steps or config.epochs * epoch
     config = dataclasses.replace(

@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from bn_jax.errors import UserError
-from experiments import config as comparison
-from experiments.flags import Quick, flag
+from experiments.config import Shared
+from experiments.flags import flag
 
 PER = 256  # examples, for which `learning_rate` is
-COUNTS = (*comparison.COUNTS, "image_size", "log_every")
-RANGES = comparison.RANGES | {
-    "warmup_epochs": (0, math.inf), "max_bad_examples": (0, math.inf), "workers": (0, math.inf),
-    "seed": (0, 2**31 - 1), "momentum": (0, 1), "target": (0, 1),
-}  # fmt: skip
-KNOWN = {
-    "model": ("resnet50", "resnet18", "inception"),
-    "dtype": ("bfloat16", "float32"),
-    "optimizer": ("sgd", "sgd_momentum", "sgd_nesterov", "rmsprop", "adam"),
-    "schedule": (
-        "goyal", "cosine", "constant", "step", "exponential", "inverse", "one_cycle",
-    ),
-}  # fmt: skip
+# Optimizers and schedules are known where JAX is imported.
+KNOWN = {"model": ("resnet50", "resnet18", "inception"), "dtype": ("bfloat16", "float32")}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Quick):
+class Config(Shared):
     """Every flag of the experiment; see `python -m experiments.imagenet --help`."""
 
-    LISTS: ClassVar = ("arms",)
+    COUNTS: ClassVar = (*Shared.COUNTS, "image_size", "log_every")
+    RANGES: ClassVar = Shared.RANGES | {
+        "warmup_epochs": (0, math.inf), "momentum": (0, 1), "seed": (0, 2**31 - 1),
+        "workers": (0, math.inf), "max_bad_examples": (0, math.inf),
+    }  # fmt: skip
     QUICK: ClassVar[dict[str, Any]] = {
         "model": "resnet18", "width": 0.25, "image_size": 64, "batch_size": 32, "steps": 20,
         "eval_every": 10, "log_every": 5, "warmup_epochs": 0.0, "test_examples": 500,
@@ -42,17 +36,11 @@ class Config(Quick):
     dataset: str = flag(
         "imagenet2012", "a set of labelled images of tensorflow-datasets, by its name"
     )
-    data_dir: str | None = flag(
-        None, "of tensorflow-datasets; else TFDS_DATA_DIR, else ~/tensorflow_datasets"
-    )
     cache_dir: str | None = flag(None, "for compiled programs; by default ~/.cache/bn_jax")
     train_examples: int | None = flag(
         None, "train on the first so many of the training examples; by default on all"
     )
     test_split: str = flag("validation", "what is tested on; nothing is chosen on it")
-    test_examples: int | None = flag(
-        None, "test on the first so many of the test examples; by default on all"
-    )
     image_size: int = flag(224, "height and width, in pixels, of what the network sees")
     model: str = flag("resnet50", "resnet50, resnet18 or inception")
     width: float = flag(1.0, "the network's share of its usual channels")
@@ -65,11 +53,6 @@ class Config(Quick):
     )
     momentum: float = flag(
         0.9, "of BatchNorm's running statistics: the weight of the old value"
-    )
-    bn_group_size: int | None = flag(
-        None,
-        "examples that share statistics in a BatchNorm, however many devices there are; by "
-        "default all of the batch; 0: those of a device",
     )
     optimizer: str = flag("sgd_momentum", "sgd, sgd_momentum, sgd_nesterov, rmsprop or adam")
     learning_rate: float = flag(0.1, f"for a batch of {PER} examples; it grows with the batch")
@@ -89,19 +72,11 @@ class Config(Quick):
     eval_every: int | None = flag(
         None, "training steps between evaluations; by default those of an epoch"
     )
-    target: float | None = flag(
-        None, "test accuracy to reach, in (0, 1]; by default the best that the baseline reached"
-    )
     parallel: str = flag(
         "auto",
         "how several devices share a batch: pmap, jit or shard_map, or single (only one "
         "works); auto: pmap, of several processes shard_map",
     )
-    coordinator: str | None = flag(
-        None, "host:port of process 0, where several processes are one run: see docs/scaling.md"
-    )
-    num_processes: int | None = flag(None, "how many processes there are")
-    process_id: int | None = flag(None, "which of them this is, from 0")
     workers: int | None = flag(
         None,
         "processes that read and decode images; 0: this one does; by default one for each "
@@ -116,34 +91,15 @@ class Config(Quick):
     quick: bool = flag(
         False, "a small network, few small images: a look in some minutes on two cores"
     )
-    workdir: str | None = flag(
-        None, "folder for the results; by default runs/<experiment>/<time>"
-    )
-    overwrite: bool = flag(False, "delete the run that is in the workdir")
-    resume: bool = flag(True, "go on with the run in the workdir, if its flags are the same")
     checkpoint_every: float = flag(600.0, "seconds between checkpoints; 0: after every step")
-
-    __post_init__ = comparison.Config.__post_init__
 
     def check(self) -> None:
         """Raises a UserError for a flag that makes no sense."""
-        for name in COUNTS:
-            value = getattr(self, name, None)
-            if value is not None and value < 1:
-                raise UserError(f"--{name}={value}: it must be at least 1")
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name, None)
-            if value is not None and not low <= value <= high:
-                raise UserError(f"--{name}={value}: it must be from {low} to {high}")
+        super().check()
         for name in ("learning_rate", "width"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"--{name}={getattr(self, name)}: it must be positive")
-        for name, known in KNOWN.items():
-            value = getattr(self, name)
-            if value not in known:
-                raise UserError(f"--{name}: unknown {value!r}, choose from {', '.join(known)}")
-        if not self.arms or len(set(self.arms)) != len(self.arms):
-            raise UserError(f"--arms={','.join(self.arms)}: name one or more, each once")
+        check_known(self, KNOWN)
         if self.parallel in ("grid", "cores"):
             raise UserError(
                 f"--parallel={self.parallel}: there is one network at a time, and no grid; "
@@ -159,3 +115,12 @@ class Config(Quick):
     def momentums(self) -> tuple[float]:
         """That of BatchNorm."""
         return (self.momentum,)
+
+
+def check_known(config: Any, known: Mapping[str, Iterable[str]]) -> None:
+    """Raises a UserError for a flag whose value is not among those that are known."""
+    for name, values in known.items():
+        if getattr(config, name) not in values:
+            raise UserError(
+                f"--{name}: unknown {getattr(config, name)!r}, choose from {', '.join(values)}"
+            )

@@ -19,9 +19,8 @@ from bn_jax.data.imagenet import Batch
 from bn_jax.measure.layouts import Single
 from bn_jax.training.metrics import correct, cross_entropy, in_top
 from bn_jax.training.parallel import AXIS, batch_mesh
-from bn_jax.training.skip import skip_nonfinite
 from bn_jax.training.state import TrainState
-from bn_jax.training.step import init_state, unguarded_step
+from bn_jax.training.step import init_state, train_step
 from bn_jax.training.xla import run_once
 
 # Of ImageNet's training images in [0, 1], red, green and blue.
@@ -92,18 +91,16 @@ class Network:
     ) -> tuple[State, jax.Array]:
         """The next state, and the mean loss before it; arrays as in `Batch`.
 
-        Where the loss, a gradient or a running statistic is not finite the step is counted
-        as skipped. A run that has diverged stays as it was.
+        Steps are skipped as by `train_step`. A run that has diverged stays as it was.
         """
         before = state.train
-        after, means, grads = unguarded_step(
+        train, means = train_step(
             before, standardised(images), labels, self.model(axis_name), self.optimizer,
             loss=functools.partial(cross_entropy, label_smoothing=self.label_smoothing),
             counted=counted, axis_name=axis_name,
         )  # fmt: skip
-        kept, skip = skip_nonfinite(before, after, means.loss, grads, after.batch_stats)
-        train = kept._replace(step=after.step, skipped=before.skipped + skip)
-        found = Sums(means.loss, means.accuracy, 1.0)
+        skip = train.skipped > before.skipped
+        found = Sums(*means, 1.0)
         sums = jax.tree.map(lambda s, v: s + jnp.where(skip, 0, v), state.sums, found)
         skipped = jnp.where(skip, state.skipped + 1, 0)
         first = before.step - IN_A_ROW + 1

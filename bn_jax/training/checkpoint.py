@@ -9,6 +9,7 @@ restored only if they hold.
     <folder>/<step>/state           the arrays, as Orbax's StandardSave writes them
     <folder>/<step>/extra           the JSON beside them
     <folder>/<step>/checksums.json  SHA-256 of the files by path
+    <folder>/<step>.replaced        the same, while the step is saved again
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ import numpy as np
 
 from bn_jax.errors import UserError
 from bn_jax.training import checksums, stored
+from bn_jax.training.distributed import barrier
 
-UNFINISHED = ".orbax-checkpoint-tmp*"
+UNFINISHED, REPLACED = ".orbax-checkpoint-tmp*", ".replaced"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NONE, DAMAGED = -1, -2
 
@@ -94,7 +96,8 @@ class Checkpoints:
         error: the others cannot know.)
 
         Args:
-          step: not below that of an earlier save; a step that is there already stays.
+          step: not below that of an earlier save; one that is there already is replaced, and
+            comes back where a kill or a full disk ends that.
           state: a pytree of arrays, typed keys among them.
           extra: what `json.dumps` takes.
           metrics: for `best`; one that is not finite is never the best.
@@ -111,7 +114,7 @@ class Checkpoints:
         try:
             manager = self._open()
             if step in manager.all_steps():
-                return
+                self._set_aside(step)
             items = {"extra": args.JsonSave(about)}
             if arrays := stored.to_arrays(state):
                 items["state"] = args.StandardSave(arrays)
@@ -159,6 +162,7 @@ class Checkpoints:
         from jax.experimental.multihost_utils import broadcast_one_to_all
 
         self.close()
+        self._clear()
         step = self._newest_whole() if jax.process_index() == 0 else NONE
         step = int(broadcast_one_to_all(np.int32(step)))
         if step == DAMAGED:
@@ -178,6 +182,7 @@ class Checkpoints:
         if self._manager is not None:
             try:
                 self._manager.wait_until_finished()
+                self._clear()
             except Exception as e:
                 self._give_up(e)
 
@@ -195,7 +200,7 @@ class Checkpoints:
             # Its tracebacks of errors that are raised as well.
             logging.getLogger("absl").addFilter(_not_of_orbax)
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._remove_unfinished()
+            self._clear()
             self._manager = CheckpointManager(self._folder, options=self._options())
         return self._manager
 
@@ -247,10 +252,23 @@ class Checkpoints:
         names = [p.name for p in self._folder.glob("*") if p.is_dir()]
         return sorted(int(name) for name in names if name.isdecimal())
 
-    def _remove_unfinished(self):
+    def _set_aside(self, step):
+        """So that the step can be saved again."""
+        folder = self._folder / str(step)
         if jax.process_index() == 0:
-            for left in self._folder.glob(f"*{UNFINISHED}"):
-                shutil.rmtree(left, ignore_errors=True)
+            folder.rename(folder.with_suffix(REPLACED))
+        barrier("a checkpoint is set aside")
+        self._manager.reload()
+
+    def _clear(self):
+        """Removes what is unfinished and what was replaced; what was not yet comes back."""
+        if jax.process_index() != 0:
+            return
+        for left in self._folder.glob(f"*{UNFINISHED}"):
+            shutil.rmtree(left, ignore_errors=True)
+        for old in self._folder.glob(f"*{REPLACED}"):
+            new = old.with_suffix("")
+            shutil.rmtree(old, ignore_errors=True) if new.exists() else old.rename(new)
 
     def _give_up(self, error):
         """Raises the error unless it is one that training can go on with."""
@@ -259,7 +277,7 @@ class Checkpoints:
             raise error
         # It would raise its error again, and has forgotten what it wanted to delete.
         self._manager = None
-        self._remove_unfinished()
+        self._clear()
         kept = "there is no checkpoint yet"
         if steps := self._steps():
             kept = f"kept the checkpoint of step {steps[-1]}"

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 
-def skip_nonfinite(
-    before: Any, after: Any, *values: Any, axis_name: Hashable | None = None
-) -> tuple[Any, jax.Array]:
+def undo_nonfinite(before: Any, after: Any, *values: Any) -> tuple[Any, jax.Array]:
     """The state after a step, or, where a value was not finite, the state before it.
 
     Parameters and optimizer state are not all that a step changes: by the time that a loss
@@ -20,15 +16,12 @@ def skip_nonfinite(
 
     Args:
       before, after: states of one structure: parameters, optimizer state, `batch_stats`.
-      *values: what has to be finite: loss, gradients; trees.
-      axis_name: mapped axis over which the replicas decide together. Without it each
-        decides by its own values, which after a `pmean` of the gradients agree.
+      *values: what has to be finite: loss, gradients; trees. Over a mapped axis they
+        are the same in all replicas, as means over it are: each decides by its own.
 
     Returns:
-      The state, and whether the step was skipped, bool `[]`.
+      The state, and whether the step was undone, bool `[]`.
     """
     leaves = [v for v in jax.tree.leaves(values) if jnp.issubdtype(v.dtype, jnp.inexact)]
     finite = jnp.array([jnp.isfinite(v).all() for v in leaves]).all()
-    if axis_name is not None:
-        finite = lax.pmin(finite.astype(jnp.int32), axis_name) > 0
     return jax.tree.map(lambda old, new: jnp.where(finite, new, old), before, after), ~finite

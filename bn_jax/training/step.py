@@ -13,7 +13,7 @@ from jax import lax
 
 from bn_jax.training.metrics import correct, cross_entropy
 from bn_jax.training.parallel import varying
-from bn_jax.training.skip import skip_nonfinite
+from bn_jax.training.skip import undo_nonfinite
 from bn_jax.training.state import TrainState
 
 
@@ -57,8 +57,8 @@ def train_step(
     key: jax.Array | None = None,
     counted: jax.Array | None = None,
     axis_name: str | None = None,
-) -> tuple[TrainState, jax.Array]:
-    """One step on one batch: the next state, and the mean loss before it, `[]`.
+) -> tuple[TrainState, Metrics]:
+    """One step on one batch: the next state, and means over the batch before the step.
 
     Args:
       state: of the run.
@@ -75,12 +75,12 @@ def train_step(
     as skipped, and changes nothing else than the number of steps. (Of an input of 3e38 the
     variance is infinite, and loss and gradients are finite.)
     """
-    after, before, grads = unguarded_step(
+    after, means, grads = unguarded_step(
         state, inputs, labels, model, optimizer,
         loss=loss, key=key, counted=counted, axis_name=axis_name,
     )  # fmt: skip
-    kept, skipped = skip_nonfinite(state, after, before.loss, grads, after.batch_stats)
-    return kept._replace(step=after.step, skipped=state.skipped + skipped), before.loss
+    kept, skipped = undo_nonfinite(state, after, means.loss, grads, after.batch_stats)
+    return kept._replace(step=after.step, skipped=state.skipped + skipped), means
 
 
 def unguarded_step(

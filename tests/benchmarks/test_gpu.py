@@ -136,9 +136,9 @@ def test_the_networks_that_are_timed(monkeypatch, name):
     for n, norm in NORMS.items():
         first = functools.partial(gpu_networks.first_state, name, norm)
         states[n] = state = jax.eval_shape(first, jax.random.key(0), example)
-        after, loss = jax.eval_shape(gpu_networks.step_of(name, norm), state, images, labels)
+        after, means = jax.eval_shape(gpu_networks.step_of(name, norm), state, images, labels)
         assert after == state
-        assert loss.shape == ()
+        assert means.loss.shape == ()
     assert states[OURS] == states["flax"]
     counts = [sum(v.size for v in jax.tree.leaves(states[n].params)) for n in (OURS, WITHOUT)]
     assert tuple(counts) == PARAMETERS[name]
@@ -147,8 +147,8 @@ def test_the_networks_that_are_timed(monkeypatch, name):
 @pytest.mark.long
 def test_networks_differ_in_the_norm_alone(whole):
     """From one start, our layer and Flax's come to one loss, weights and statistics."""
-    (ours, loss), (without, _), (flax, other) = whole[2][-3:]
-    assert float(loss) == pytest.approx(float(other), abs=1e-3)
+    (ours, means), (without, _), (flax, others) = whole[2][-3:]
+    assert float(means.loss) == pytest.approx(float(others.loss), abs=1e-3)
     jax.tree.map(close, ours.batch_stats, flax.batch_stats)
     jax.tree.map(close, ours.params, flax.params)
     assert jax.tree.leaves(ours.batch_stats)

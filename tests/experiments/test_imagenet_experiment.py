@@ -27,7 +27,7 @@ from bn_jax.report import read_records
 from bn_jax.training.checkpoint import Checkpoints
 from bn_jax.training.metrics import correct, in_top
 from experiments import checkpoint, imagenet, imagenet_arms, streaming
-from experiments.epochs import Training
+from experiments.epochs import Training, workers
 from experiments.flags import Stopped
 from experiments.position import Position, evaluations
 
@@ -217,14 +217,21 @@ def test_killed_between_checkpoints(whole, data_dir, tmp_path, monkeypatch, last
     assert_same(tmp_path / "w", whole[0])
 
 
-@pytest.mark.parametrize("moment", ["_advance", "_note"])
-def test_sigterm_saves(whole, data_dir, tmp_path, monkeypatch, moment):
-    """In a step, and in an evaluation."""
+def ranked(folder):
+    """The steps whose checkpoints have what the best is chosen by."""
+    return {path.parent.name for path in (folder / "checkpoints" / "bn").glob("*/metrics")}
+
+
+@pytest.mark.parametrize(
+    ("moment", "step"), [("_advance", 3), ("_evaluate", 3), ("_evaluate", STEPS)]
+)
+def test_sigterm_saves(whole, data_dir, tmp_path, monkeypatch, moment, step):
+    """In a step, in an evaluation, in the last one."""
     with monkeypatch.context() as patch:
         method = getattr(Training, moment)
 
         def signalled(self, *args):
-            if self.position.step == 3:
+            if self.position.step == step:
                 os.kill(os.getpid(), signal.SIGTERM)
             method(self, *args)
 
@@ -234,6 +241,10 @@ def test_sigterm_saves(whole, data_dir, tmp_path, monkeypatch, moment):
     assert not (tmp_path / "w" / "summary.json").exists()
     assert run(tmp_path / "w", data_dir)["arms"][0]["diverged"] == 0
     assert_same(tmp_path / "w", whole[0])
+    assert ranked(tmp_path / "w") == ranked(whole[0])
+    checkpoints = Checkpoints(tmp_path / "w" / "checkpoints" / "bn")
+    assert checkpoints.newest().extra["ended"]
+    checkpoints.close()
 
 
 @pytest.mark.long
@@ -317,6 +328,9 @@ def test_more_broken_images_than_one_process_has_seen(data_dir, monkeypatch):
         ({"parallel": "cores"}, "--parallel=cores: there is one network at a time"),
         ({"model": "mlp"}, "--model: unknown 'mlp', choose from resnet50, "),
         ({"dtype": "float16"}, "--dtype: unknown 'float16'"),
+        ({"optimizer": "sdg"}, "--optimizer: unknown 'sdg', choose from sgd, "),
+        ({"schedule": "linear"}, "--schedule: unknown 'linear', choose from goyal, constant, "),
+        ({"target": 0.0}, r"--target=0.0: an accuracy is in \(0, 1\]"),
         ({"arms": ("bn", "bn")}, "--arms=bn,bn"),
         ({"arms": ("batch",)}, "--arms: unknown 'batch'"),
         ({"image_size": 0}, "--image_size=0"),
@@ -395,6 +409,13 @@ def test_schedules():
     t = np.arange(85)
     expected = np.concatenate([rise, (1 + np.cos(np.pi * t / 85)) / 2])
     np.testing.assert_allclose(factors("cosine", 5), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_core_is_left_where_the_system_does_not_say_which(monkeypatch):
+    """Linux alone has `sched_getaffinity`."""
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert workers(imagenet.Config()) == os.cpu_count() - 1
+    assert workers(imagenet.Config(workers=3)) == 3
 
 
 def test_an_epoch_is_the_default_between_evaluations(data_dir):

@@ -195,9 +195,40 @@ def test_the_last_and_the_best_stay_even_after_a_restart(open_checkpoints, tmp_p
         checkpoints.wait()
     assert steps_in(tmp_path / "steps") == [1, 5, 6]
     checkpoints.save(7, state, {})
-    checkpoints.save(7, state, {})
+    checkpoints.save(7, state, {}, {"accuracy": 1.0})
+    checkpoints.save(8, state, {})
+    checkpoints.save(9, state, {})
     checkpoints.wait()
-    assert steps_in(tmp_path / "steps") == [1, 6, 7]
+    assert steps_in(tmp_path / "steps") == [7, 8, 9]
+
+
+def test_a_step_that_is_saved_again_is_replaced(open_checkpoints, tmp_path):
+    checkpoints = open_checkpoints()
+    for i in range(3):
+        checkpoints.save(4, small(i), {"i": i})
+        assert_same(checkpoints.restore(small(0)).state, small(i))
+    found = open_checkpoints().restore(small(0))
+    assert found.extra == {"i": 2}
+    assert_same(found.state, small(2))
+    assert steps_in(tmp_path / "steps") == [4]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_kill_while_a_step_is_replaced_loses_nothing(open_checkpoints, tmp_path, named):
+    """Before the new folder has its name the old one counts, and after that the new one."""
+    checkpoints, folder = open_checkpoints(), tmp_path / "steps"
+    checkpoints.save(4, small(1), {})
+    checkpoints.wait()
+    shutil.copytree(folder / "4", tmp_path / "old")
+    checkpoints.save(4, small(2), {})
+    checkpoints.close()
+    if not named:
+        (folder / "4").rename(folder / "4.orbax-checkpoint-tmp")
+    (tmp_path / "old").rename(folder / "4.replaced")
+    again = open_checkpoints()
+    assert_same(again.restore(small(0)).state, small(2 if named else 1))
+    assert not again.said
+    assert steps_in(folder) == [4]
 
 
 def test_what_a_kill_left_unfinished_is_removed(open_checkpoints, tmp_path):
@@ -321,13 +352,14 @@ def test_training_goes_on_when_the_disk_is_full(open_checkpoints, no_file_above,
     assert steps_in(tmp_path / "steps") == [4, 7]
     no_file_above(100_000)
     checkpoints.save(8, random_state(8), {})
+    checkpoints.save(7, random_state(9), {})
     step, state, _ = checkpoints.restore(random_state(0))
     assert step == 7
     assert_same(state, random_state(7))
     reason = os.strerror(errno.EFBIG)
     assert checkpoints.said == [
         f"disk full: step {step} is not saved ({reason}); kept the checkpoint of step {kept}"
-        for step, kept in ((5, 4), (6, 4), (8, 7))
+        for step, kept in ((5, 4), (6, 4), (8, 7), (7, 7))
     ]
 
 

@@ -101,8 +101,8 @@ def alone():
     state = init_state(jax.random.key(0), network(), SGD, jnp.asarray(INPUTS[0]))
     losses = []
     for x, y in zip(INPUTS, LABELS, strict=True):
-        state, loss = step(state, x, y, network(), SGD)
-        losses.append(loss)
+        state, means = step(state, x, y, network(), SGD)
+        losses.append(means.loss)
     return flat([state.params, state.batch_stats, losses])
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from bn_jax.linen import BatchNorm
 from bn_jax.models import MLP
-from bn_jax.training.skip import skip_nonfinite
+from bn_jax.training.skip import undo_nonfinite
 from bn_jax.training.step import init_state, train_step
 
 MODEL = MLP((4,), 3, norm=functools.partial(BatchNorm, momentum=0.9))
@@ -65,15 +65,15 @@ def test_a_finite_loss_with_an_infinite_gradient():
     value, grad = jax.value_and_grad(loss)(w)
     assert np.isfinite(value)
     assert not np.isfinite(grad).all()
-    after, skipped = skip_nonfinite({"w": w}, {"w": w - grad}, value, grad)
-    assert skipped
+    after, undone = undo_nonfinite({"w": w}, {"w": w - grad}, value, grad)
+    assert undone
     assert_same(after, {"w": w})
 
 
 def test_whole_numbers_are_finite_and_kept_in_their_dtype():
     before, after = {"n": jnp.int32(1)}, {"n": jnp.int32(2)}
-    kept, skipped = skip_nonfinite(before, after, {"n": jnp.int32(3)})
-    assert not skipped
+    kept, undone = undo_nonfinite(before, after, {"n": jnp.int32(3)})
+    assert not undone
     assert kept["n"] == 2
     assert kept["n"].dtype == jnp.int32
 
@@ -90,15 +90,12 @@ def test_each_run_of_a_sweep_decides_for_itself():
     assert all(c[0] and not c[1] for c in jax.tree.leaves(changed))
 
 
-def test_replicas_decide_together():
-    losses = jnp.arange(8.0).at[5].set(jnp.inf)
-    after, skipped = jax.pmap(
-        lambda loss: skip_nonfinite(loss * 0, loss * 0 + 1, loss, axis_name="device"),
-        axis_name="device",
-    )(losses)
-    assert skipped.all()
-    assert not (after == 1).any()
-    apart, _ = jax.pmap(lambda loss: skip_nonfinite(jnp.float32(0), jnp.float32(1), loss))(
-        losses
-    )
-    assert apart.sum() == 7
+@pytest.mark.parametrize("value", [np.nan, 3e38])
+def test_replicas_decide_together(value):
+    """Only the second of three devices has the example that is bad."""
+    model = MLP((4,), 3, norm=functools.partial(BatchNorm, axis_name="device"))
+    one = functools.partial(train_step, model=model, optimizer=OPTIMIZER, axis_name="device")
+    before, parts = start(), [v.reshape(3, 2, *v.shape[1:]) for v in (poisoned(value), LABELS)]
+    after, _ = jax.pmap(one, "device", in_axes=(None, 0, 0))(before, *parts)
+    np.testing.assert_array_equal(after.skipped, [1, 1, 1])
+    assert_same(after[1:4], jax.tree.map(lambda v: jnp.stack([v] * 3), before[1:4]))

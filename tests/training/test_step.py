@@ -135,8 +135,8 @@ def test_steps_are_those_of_the_gradient_written_out(rule):
         params = {
             k: rule(p, [np.asarray(g[k]) for g in history], 0.3) for k, p in params.items()
         }
-        state, ours = step(state, x, y, model, tx)
-        assert ours == pytest.approx(float(loss), rel=1e-5)
+        state, means = step(state, x, y, model, tx)
+        assert means.loss == pytest.approx(float(loss), rel=1e-5)
         assert state.step == count
         for k, p in params.items():
             found = state.params["Dense_0"][k]

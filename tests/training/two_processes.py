@@ -53,8 +53,8 @@ def steps(devices):
     mesh = jax.make_mesh((len(devices),), ("batch",), (AxisType.Auto,), devices=devices)
 
     def per_device(*args):
-        state, loss = train_step(*args, network("batch"), sgd_over("batch"))
-        return state, lax.pmean(loss, "batch")
+        state, means = train_step(*args, network("batch"), sgd_over("batch"))
+        return state, lax.pmean(means, "batch")
 
     def joined(*args):
         return train_step(*args, network(), SGD)
@@ -82,8 +82,8 @@ def train(devices):
     for name, step in by_name.items():
         state, losses = jax.tree.map(functools.partial(over, P()), start), []
         for x, y in zip(INPUTS, LABELS, strict=True):
-            state, loss = step(state, over(P("batch"), x[mine]), over(P("batch"), y[mine]))
-            losses.append(loss)
+            state, means = step(state, over(P("batch"), x[mine]), over(P("batch"), y[mine]))
+            losses.append(means.loss)
         results[name] = distributed.everyone([state.params, state.batch_stats, losses])
     parts = over(P("batch"), INPUTS[0][mine])
     return {**results, "inputs": distributed.everyone(parts)}
