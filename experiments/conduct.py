@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bn_jax.errors import UserError
 from experiments import workdir
 from experiments.arms import Arm, build_run, grid, in_steps, load_data
 from experiments.config import Config
+
+
+class Plan(NamedTuple):
+    """What is trained of an arm: its run, at every point with every seed, so long."""
+
+    run: Any
+    points: Sequence[Any]
+    seeds: Sequence[int]
+    budget: Any
+
+    @classmethod
+    def of(cls, config: Config, arm: Arm, run: Any) -> Plan:
+        """What the flags ask for."""
+        from bn_jax.measure import Budget
+
+        own = arm.config(config)
+        seeds = range(config.seed, config.seed + config.seeds)
+        budget = Budget(own.steps, own.eval_every, own.patience)
+        return cls(run, grid(config, arm), seeds, budget)
+
+    @property
+    def count(self) -> int:
+        """Of runs."""
+        return len(self.points) * len(self.seeds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +49,7 @@ class Training:
       runs: a `bn_jax.training.run.Run` by arm.
       records: of all runs.
       summary: what `summary.json` has of it so far.
+      train: trains further arms as those were, seen by the same watcher; their records.
     """
 
     config: Config
@@ -32,6 +57,7 @@ class Training:
     runs: Mapping[str, Any]
     records: list[dict]
     summary: dict[str, Any]
+    train: Callable[[Mapping[str, Plan]], list[dict]] = lambda plans: []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +108,8 @@ def conduct(
     started = start_jax(config)
     import jax
 
+    from experiments.survival import Survival
+
     dataset = load(config)
     command = workdir.command(config, experiment)
     config = in_steps(config, dataset)
@@ -95,12 +123,17 @@ def conduct(
         )
         if config.summary:
             print_layers(runs, dataset)
-        known = {name: arms[name] for name in runs}
-        records = train(config, dataset, runs, known, folder, shared, watch)
+        kept = getattr(watch, "kept", {})
+        survival = Survival(shared / "checkpoints", config.checkpoint_every, kept)
+        train_arms = functools.partial(
+            train, config, dataset, folder=folder, survival=survival, watch=watch
+        )
+        plans = {name: Plan.of(config, arms[name], run) for name, run in runs.items()}
+        records = train_arms(plans)
         about = {"experiment": experiment, "question": question}
         about |= {"dataset": config.dataset, "model": config.model}
-        found = conclude(Training(config, dataset, runs, records, about))
-        settings["seconds"] = seconds(records, time.perf_counter() - start)
+        found = conclude(Training(config, dataset, runs, records, about, train_arms))
+        settings["seconds"] = seconds(survival.records, time.perf_counter() - start)
         summary = about | found.summary | {"seconds": settings["seconds"]}
         (write or write_tables)(records, summary, settings, folder, found.figures)
         print(folder / "report.html")
@@ -178,10 +211,10 @@ def parameter_counts(run: Any, dataset: Any) -> tuple[int, int]:
 def train(
     config: Config,
     dataset: Any,
-    runs: Mapping[str, Any],
-    arms: Mapping[str, Arm],
+    plans: Mapping[str, Plan],
+    *,
     folder: Path,
-    shared: Path,
+    survival: Any,
     watch: Callable[[str, Any], None],
 ) -> list[dict]:
     """Trains every arm; each run's record is in the file as soon as the run has ended.
@@ -190,51 +223,38 @@ def train(
     """
     from bn_jax import measure, report
     from bn_jax.measure.sweep import alike
-    from bn_jax.training.checkpoint import Checkpoints
-    from bn_jax.training.signals import on_sigterm
     from experiments.progress import Progress
-    from experiments.survival import Survival
     from experiments.watchers import live, note
 
-    grids = {name: grid(config, arm) for name, arm in arms.items()}
-    budgets = {
-        name: measure.Budget(own.steps, own.eval_every, own.patience)
-        for name, own in ((name, arm.config(config)) for name, arm in arms.items())
-    }
-    seeds = range(config.seed, config.seed + config.seeds)
-    total = config.seeds * sum(len(grids[name]) * budgets[name].steps for name in arms)
-    trained = [(runs[n], budgets[n], len(grids[n]) * config.seeds) for n in arms]
-    parallel = alike(config.parallel, dataset, trained)
-    checkpoints = Checkpoints(shared / "checkpoints")
-    with on_sigterm() as stop, contextlib.closing(checkpoints):
-        kept = getattr(watch, "kept", {})
-        survival = Survival(checkpoints, config.checkpoint_every, stop, kept)
-        records = survival.records
-        with (
-            Progress(total) as progress,
-            live(folder if config.tensorboard else None) as write,
-            report.rewrite_records(folder / "records.jsonl", records) as file,
-        ):
-            progress.advance(survival.steps)
-            for name, points in survival.rest(grids):
-                progress.describe(f"{name}: {len(points) * config.seeds} runs")
+    trained = [(plan.run, plan.budget, plan.count) for plan in plans.values()]
+    total = sum(budget.steps * count for _, budget, count in trained)
+    parallel, records = alike(config.parallel, dataset, trained), survival.records
+    with (
+        survival.training(),
+        Progress(total) as progress,
+        live(folder if config.tensorboard else None) as write,
+        report.rewrite_records(folder / "records.jsonl", records) as file,
+    ):
+        progress.advance(survival.done(total))
+        for name, plan in survival.rest(plans):
+            progress.describe(f"{name}: {plan.count} runs")
 
-                def see(evaluation, name=name):
-                    write(name, evaluation)
-                    watch(name, evaluation)
-                    per_epoch = config.eval_every if config.epochs else None
-                    progress.advance(evaluation.run_steps, note(evaluation, per_epoch))
-                    survival.after(name, evaluation, records)
+            def see(evaluation, name=name):
+                write(name, evaluation)
+                watch(name, evaluation)
+                per_epoch = config.eval_every if config.epochs else None
+                progress.advance(evaluation.run_steps, note(evaluation, per_epoch))
+                survival.after(name, evaluation, records)
 
-                for finished in measure.sweep(
-                    runs[name], dataset, points, seeds, budgets[name],
-                    max_runs_at_once=config.max_runs_at_once, parallel=parallel,
-                    on_evaluation=see, **survival.where(name),
-                ):  # fmt: skip
-                    for record in finished:
-                        records.append({"arm": name, **record})
-                        report.append_record(file, records[-1])
-    return records
+            for finished in measure.sweep(
+                plan.run, dataset, plan.points, plan.seeds, plan.budget,
+                max_runs_at_once=config.max_runs_at_once, parallel=parallel,
+                on_evaluation=see, **survival.where(name),
+            ):  # fmt: skip
+                for record in finished:
+                    records.append({"arm": name, **record})
+                    report.append_record(file, records[-1])
+    return [record for record in records if record["arm"] in plans]
 
 
 def seconds(records: list[dict], total: float) -> dict[str, float]:

@@ -7,23 +7,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from bn_jax.report.text import percent
-from experiments.arms import Arm, build_run, grid
-from experiments.config import Config
+from experiments.arms import Arm, build_run
+from experiments.conduct import Plan, Training
 
 # Figure 4, 144 crops of an image: per cent of top-1 and top-5 error of one network and of six.
 ONE_NETWORK, SIX_NETWORKS = (21.99, 5.82), (20.1, 4.9)
 
 
 def show(
-    config: Config, members: Mapping[str, tuple[Arm, Sequence[int]]], dataset: Any
+    training: Training, members: Mapping[str, tuple[Arm, Sequence[int]]], kept: Mapping
 ) -> tuple[list[dict], tuple[str, str, Any]]:
     """Trains the networks: rows beside figure 4's, and a figure with its name and caption.
 
-    `members` is as in `train`.
+    Args:
+      training: of the arms of the experiment.
+      members, kept: as in `train`.
     """
     from bn_jax.report.ensemble import CAPTION, ensemble_errors
 
-    found, labels = train(config, members, dataset), dataset.test.labels
+    found, labels = train(training, members, kept), training.dataset.test.labels
     alone = [errors(p, labels) for p in found]
     together = [errors(sum(found[:k]), labels) for k in range(1, len(found) + 1)]
     figure = ensemble_errors(alone, together)
@@ -48,35 +50,26 @@ def rows(alone: Sequence[Sequence[float]], together: Sequence[float]) -> Iterato
 
 
 def train(
-    config: Config, members: Mapping[str, tuple[Arm, Sequence[int]]], dataset: Any
+    training: Training, members: Mapping[str, tuple[Arm, Sequence[int]]], kept: Mapping
 ) -> list[Any]:
     """Trains networks, and returns the probabilities of each on the test set, `[n, classes]`.
 
     Args:
-      config: of the experiment.
+      training: as in `show`.
       members: by name an arm and the seeds of its networks; the first of an arm's learning
-        rates and initial scales counts.
-      dataset: of `bn_jax.data.load`.
+        rates, initial scales and momenta counts.
+      kept: where the experiment's `experiments.watchers.Weights` keeps those of `members`.
     """
-    from bn_jax import measure
-    from experiments.progress import Progress
-    from experiments.watchers import Weights
-
+    config, dataset = training.config, training.dataset
+    plans = {}
+    for name, (arm, seeds) in members.items():
+        plan = Plan.of(config, arm, build_run(config, arm, dataset))
+        plans[name] = plan._replace(points=plan.points[:1], seeds=seeds)
+    training.train(plans)
     found = []
-    with Progress(config.steps * sum(len(seeds) for _, seeds in members.values())) as progress:
-        for name, (arm, seeds) in members.items():
-            progress.describe(f"{name}: {len(seeds)} runs")
-            run = build_run(config, arm, dataset)
-            point, weights = grid(config, arm)[0], Weights()
-
-            def see(evaluation, name=name, weights=weights):
-                weights(name, evaluation)
-                progress.advance(evaluation.run_steps)
-
-            budget = measure.Budget(config.steps, config.steps)
-            shared = {"parallel": config.parallel, "on_evaluation": see}
-            list(measure.sweep(run, dataset, [point], seeds, budget, **shared))
-            found += probabilities(run, point, list(weights.kept.values()), dataset)
+    for name, (run, (point,), seeds, _) in plans.items():
+        networks = [kept[name, point, seed] for seed in seeds]
+        found += probabilities(run, point, networks, dataset)
     return found
 
 

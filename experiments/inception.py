@@ -122,11 +122,16 @@ class Config(compare.Config):
 
 def run(config: Config) -> dict[str, Any]:
     """Compares, fills the workdir, prints the tables; the summary comes back."""
+    from experiments.watchers import Weights
+
     if config.full:
         print_full()
+    others = members(config)
+    weights = Weights(lambda arm, seed: arm in others)
     return compare.run(
-        config, experiment=EXPERIMENT, question=QUESTION, known=arms(config), extra=extra
-    )
+        config, experiment=EXPERIMENT, question=QUESTION, known=arms(config), watch=weights,
+        extra=lambda training: extra(training, weights.kept),
+    )  # fmt: skip
 
 
 def arms(config: Config) -> dict[str, compare.Arm]:
@@ -197,7 +202,7 @@ def print_full() -> None:
     print(table(image, train=False).strip())
 
 
-def extra(training: compare.Training) -> compare.Extra:
+def extra(training: compare.Training, kept: dict) -> compare.Extra:
     """Figure 3's and figure 4's rows beside ours, and the errors of the ensemble."""
     from experiments import ensemble
 
@@ -206,7 +211,7 @@ def extra(training: compare.Training) -> compare.Extra:
     found = [*rows(training.summary, 1 / dataset.num_classes)]
     found += [network_row(config, size), parameter_row()]
     if config.ensemble:
-        more, figure = ensemble.show(config, members(config), dataset)
+        more, figure = ensemble.show(training, members(config), kept)
         found, figures = found + more, (figure,)
     return compare.Extra({"published": found}, figures)
 

@@ -2,46 +2,55 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from bn_jax.training.signals import Stop
+from bn_jax.training.checkpoint import Checkpoints
+from bn_jax.training.signals import on_sigterm
 from experiments.flags import Stopped
 
 
 class Survival:
-    """The checkpoints of an experiment's training.
+    """The checkpoints of an experiment that trains some arms, and then perhaps others.
 
     Args:
-      checkpoints: `bn_jax.training.checkpoint.Checkpoints`.
+      folder: of the checkpoints.
       every: seconds between two; 0: after every evaluation.
-      stop: of `bn_jax.training.signals.on_sigterm`.
       kept: what a watcher keeps of runs, by (arm, `Point`, seed); filled again.
 
     Attributes:
       records: of the runs that were done.
-      steps: of training that were done, over all runs.
     """
 
-    def __init__(
-        self,
-        checkpoints: Any,
-        every: float,
-        stop: Stop,
-        kept: dict[tuple, Any],
-    ):
-        self._checkpoints, self._every, self._stop = checkpoints, every, stop
-        self._kept = kept
-        found = checkpoints.newest()
+    def __init__(self, folder: Path, every: float, kept: dict[tuple, Any]):
+        self._checkpoints, self._every, self._kept = Checkpoints(folder), every, kept
+        found = self._checkpoints.newest()
         about = found.extra if found else {"arm": None, "number": 0, "records": [], "steps": 0}
-        self.records, self.steps = about["records"], about["steps"]
+        self.records, self._steps = about["records"], about["steps"]
+        self._before = self._steps
         self._arm, self._number, self._bytes = about["arm"], about["number"], about.get("bytes")
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Inside, `after` heeds SIGTERM; at the end all that it saved is written."""
+        with on_sigterm() as self._stop, contextlib.closing(self._checkpoints):
+            yield
+
+    def done(self, steps: int) -> int:
+        """How many of the next so many steps, over all runs, the checkpoint has."""
+        done = min(steps, self._before)
+        self._before -= done
+        return done
 
     def rest(self, arms: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         """The items of those arms that are not done."""
-        return itertools.dropwhile(lambda a: self._arm not in (None, a[0]), arms.items())
+        for name, item in arms.items():
+            if self._arm in (None, name):
+                yield name, item
+                self._arm = None
 
     def where(self, arm: str) -> dict[str, Any]:
         """With which chunk of the arm `bn_jax.measure.sweep` begins, and how."""
@@ -72,7 +81,7 @@ class Survival:
         Raises:
           Stopped: in that case.
         """
-        self.steps += evaluation.run_steps
+        self._steps += evaluation.run_steps
         stop = _any(self._stop.requested)
         if stop or (evaluation.step and self._checkpoints.due(self._every)):
             self._save(arm, evaluation, records)
@@ -91,9 +100,9 @@ class Survival:
         content = np.frombuffer(msgpack_serialize(rest), np.uint8)
         about = {
             "arm": arm, "number": evaluation.number, "done": done, "seconds": seconds,
-            "records": records, "steps": self.steps, "bytes": content.size,
+            "records": records, "steps": self._steps, "bytes": content.size,
         }  # fmt: skip
-        self._checkpoints.save(self.steps, {"state": state, "rest": content}, about)
+        self._checkpoints.save(self._steps, {"state": state, "rest": content}, about)
 
 
 def _any(flag):

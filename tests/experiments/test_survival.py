@@ -9,6 +9,9 @@ import pytest
 from killing import FLAGS, PROGRAM, assert_same, kill, records
 from programs import PROGRESS
 
+from bn_jax.training.checkpoint import Checkpoints, Restored
+from experiments.survival import Survival
+
 
 @pytest.fixture(scope="module")
 def whole(server, tmp_path_factory):
@@ -105,3 +108,75 @@ def test_records_of_no_checkpoint_are_made_again(whole, server, tmp_path):
         file.write(json.dumps({"cut": 1})[:5])
     assert server.run(*flags, f"--workdir={folder}", code=PROGRAM).code == 0
     assert_same(folder, whole[0])
+
+
+# Small networks of inception: an arm, and an ensemble of two and of one network.
+INCEPTION = """
+from experiments import flags, inception
+flags.main(inception.Config, inception.run)
+"""
+ENSEMBLE = (
+    "--quick", "--arms=inception", "--blocks=3c", "--width=0.03125", "--batch_size=8",
+    "--steps=6", "--eval_every=2", "--seeds=1", "--train_examples=16", "--test_examples=50",
+    "--ensemble=3", "--max_runs_at_once=1",
+)  # fmt: skip
+# While the second of the three is trained.
+KILL = """
+import os, signal
+from experiments import watchers
+
+def see(self, arm, evaluation, call=watchers.Weights.__call__):
+    if arm == "ensemble, dropout 0.05" and evaluation.number and evaluation.step >= 4:
+        os.kill(os.getpid(), signal.{})
+    call(self, arm, evaluation)
+
+watchers.Weights.__call__ = see
+"""
+
+
+@pytest.fixture(scope="module")
+def ensemble(server, tmp_path_factory):
+    """An inception that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("ensemble")
+    assert server.run(*ENSEMBLE, f"--workdir={folder}", code=INCEPTION).code == 0
+    return folder
+
+
+def concluded(folder):
+    """The summary without what is measured in seconds."""
+
+    def timeless(value):
+        if isinstance(value, dict):
+            return {k: timeless(v) for k, v in value.items() if "seconds" not in k}
+        return [timeless(v) for v in value] if isinstance(value, list) else value
+
+    return timeless(json.loads((folder / "summary.json").read_text()))
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGKILL", -signal.SIGKILL)])
+def test_an_ensemble_goes_on(ensemble, server, tmp_path, name, code):
+    """What was trained before it, and of it, is not trained again."""
+    every = {"SIGTERM": 60, "SIGKILL": 0}[name]  # SIGTERM saves without being due
+    flags = (*ENSEMBLE, f"--workdir={tmp_path}", f"--checkpoint_every={every}")
+    assert server.run(*flags, before=KILL.format(name), code=INCEPTION).code == code
+    assert [r["arm"] for r in records(tmp_path)] == ["inception", "ensemble, dropout 0.05"]
+    done = server.run(*flags, code=INCEPTION)
+    assert done.code == 0
+    assert "inception: " not in done.err
+    assert concluded(tmp_path) == concluded(ensemble)
+    assert records(tmp_path) == records(ensemble)
+
+
+def test_arms_that_follow_others(monkeypatch, tmp_path):
+    """Where a run goes on that was stopped within its second arms."""
+    about = {"arm": "c", "number": 2, "records": [], "steps": 130}
+    found = Restored(130, None, about)
+    monkeypatch.setattr(Checkpoints, "newest", lambda self: found)
+    survival = Survival(tmp_path, 60, {})
+    assert (survival.done(100), list(survival.rest({"a": 1, "b": 2}))) == (100, [])
+    assert survival.done(60) == 30
+    began = {
+        arm: survival.where(arm).get("first") for arm, _ in survival.rest({"c": 3, "d": 4})
+    }
+    assert began == {"c": 2, "d": None}
+    assert (survival.done(20), list(survival.rest({"e": 5}))) == (0, [("e", 5)])
