@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -25,14 +24,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.memory import one_heap
+from benchmarks.where import describe_machine
 from bn_jax.errors import UserError
 from bn_jax.linen import BatchNorm
 from bn_jax.measure.timing import interleave, median_ratio
 from bn_jax.models import CNN, MLP
+from bn_jax.report.markdown import table
 from bn_jax.report.text import number, padded
 from bn_jax.surgery.accumulate import accumulate, accumulate_exactly
 from bn_jax.training.metrics import cross_entropy
@@ -83,17 +82,13 @@ class Contestant(NamedTuple):
 
 def run(config: Config) -> list[dict[str, Any]]:
     """Prints a table for each model; its rows come back."""
-    console = Console(highlight=False)
     if not config.page_faults:
         one_heap()
-    console.print(
-        f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores"
-    )
+    print(describe_machine() + "\n")
     rows = []
     for name in config.models:
         new = measure(name, config)
-        console.print()
-        console.print(table(new))
+        print(lines(new))
         rows += new
     return rows
 
@@ -166,24 +161,25 @@ def difference(got: Any, wanted: Any) -> float:
     return float(max(jax.tree.leaves(apart)) / max(jax.tree.leaves(largest)))
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    """A line for each row, of one model."""
-    result = Table(title=rows[0]["model"], title_justify="left", title_style="bold", box=None)
-    names = ("", "parts", "ms", "/big", "MB", "/big", "compile (s)", "difference")
-    for i, name in enumerate(names):
-        result.add_column(name, justify="right" if i else "left")
-    for row in rows:
-        result.add_row(
+def lines(rows: list[dict[str, Any]]) -> str:
+    """The table of one model."""
+    model, big = rows[0]["model"], rows[0]["temporary"]
+    cells = [
+        [
             row["form"],
             str(row["micro_batches"]),
             padded(1e3 * row["seconds"]),
             f"{row['to_big']:.2f}",
             padded(row["temporary"] / 1e6),
-            f"{row['temporary'] / rows[0]['temporary']:.2f}",
+            f"{row['temporary'] / big:.2f}",
             padded(row["compiling"]),
             number(row["difference"]),
-        )
-    return result
+        ]
+        for row in rows
+    ]
+    return table(
+        [model, "parts", "ms", "/big", "MB", "/big", "compile (s)", "difference"], cells
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes docs/performance.md: every benchmark, one after another, in a process of its own.
+"""Writes docs/performance.md: what is measured, one after another, in processes of their own.
 
 A section of the page is a program's docstring, the command, and what the command printed. With
 `--only` these sections alone are written anew, and the others stay: so what ran on a GPU stands
@@ -30,6 +30,8 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "sweep": (),
     "start": (),
     "input": (),
+    "fold": (),
+    "accumulate": ("--rounds=3",),
     "scaling": (f"--figure=docs/{FIGURE}",),
     "collectives": (),
     "passes": (),
@@ -42,8 +44,11 @@ INTRODUCTION = """\
 # Performance
 
 What the programs of `benchmarks/` printed, each beside what others do in the same minutes:
-ratios tell more than milliseconds, as a machine that is shared has slow minutes. All of it:
-`python -m benchmarks.all`, with the packages of `requirements-dev.txt`.
+ratios tell more than milliseconds, as a machine that is shared has slow minutes.
+`python -m benchmarks.all` runs all that any machine can, with the packages of
+`requirements-dev.txt`. The others are asked for with `--only`: `passes`, which wants JAX's
+packages for a GPU and a TPU, and `gpu`, which wants a GPU. `network`, which measures nothing,
+is in [scaling.md](scaling.md).
 """
 
 

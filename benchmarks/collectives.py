@@ -23,7 +23,9 @@ from bn_jax.data import Split
 from bn_jax.linen import BatchNorm, GhostBatchNorm
 from bn_jax.measure.timing import interleave
 from bn_jax.models import CNN
-from bn_jax.training.parallel import batch_mesh, divide, over_devices, replicate
+from bn_jax.report.markdown import table
+from bn_jax.report.text import whole
+from bn_jax.training.parallel import MODES, batch_mesh, divide, over_devices, replicate
 from bn_jax.training.run import Run, Swept
 from bn_jax.training.xla import set_flags
 from experiments import flags
@@ -32,7 +34,6 @@ from experiments.flags import flag
 FEATURES = (16, 32, 64)
 # By the statistics of a layer; a group of None is of the examples of one device.
 NORMS = {"none": None, "whole batch": 0, "a device": None, "two devices": 2}
-ENGINES = ("pmap", "jit", "shard_map")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,7 @@ def cases(devices: Sequence[int]) -> list[Case]:
     """All that differ: on one device, and of no statistics, one engine each is enough."""
     found = [Case("jit", 1, "none"), Case("jit", 1, "whole batch")]
     for n in (n for n in devices if n > 1):
-        found += [Case(engine, n, "whole batch") for engine in ENGINES]
+        found += [Case(engine, n, "whole batch") for engine in MODES]
         found += [Case("pmap", n, s) for s in ("none", "a device", "two devices")]
     return found
 
@@ -129,20 +130,18 @@ def measure(devices: Sequence[int], batch: int, rounds: int) -> list[tuple]:
 
 
 def run(config: Config) -> None:
-    """Prints the table, in Markdown."""
+    """Prints the table."""
     set_flags()
     jax.config.update("jax_num_cpu_devices", max(config.devices))
     found = measure(config.devices, config.batch, config.rounds)
     print(describe_machine() + "\n")
-    print("| devices | engine | share statistics | all-reduces | kB in them | examples/s |")
-    print("| --: | :-- | :-- | --: | --: | --: |")
+    rows = []
     for case, sent, speed in found:
-        kilobytes = f"{sent.size / 1e3:,.1f}" if case.devices > 1 else "-"
-        number = sent.number if case.devices > 1 else "-"
-        print(
-            f"| {case.devices} | {case.engine} | {case.statistics} | {number} | {kilobytes} "
-            f"| {speed:,.0f} |"
-        )
+        several = case.devices > 1
+        exchange = [whole(sent.number), f"{sent.size / 1e3:,.1f}"] if several else ["-", "-"]
+        rows.append([str(case.devices), case.engine, case.statistics, *exchange, whole(speed)])
+    header = "devices", "engine", "share statistics", "all-reduces", "kB in them", "examples/s"
+    print(table([*header], rows))
 
 
 if __name__ == "__main__":

@@ -8,27 +8,23 @@ that of the network that was built without BatchNorm.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import statistics
-from typing import Any
 
 import jax
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.memory import one_heap
+from benchmarks.where import describe_machine
 from bn_jax.errors import UserError
 from bn_jax.linen import BatchNorm
-from bn_jax.measure.timing import interleave, median_ratio
 from bn_jax.models import CNN, MLP
+from bn_jax.report.markdown import table
 from bn_jax.report.text import padded
-from bn_jax.surgery import fold
 from experiments import flags
 from experiments.flags import flag
+from experiments.prediction import Prediction, predict_folded
 
 MODELS = {
-    "cnn": (functools.partial(CNN, (32, 64, 128), 10), (32, 32, 3)),
-    "mlp": (functools.partial(MLP, (512, 512, 512), 10), (784,)),
+    "cnn": (CNN((32, 64, 128), 10, norm=BatchNorm), (32, 32, 3)),
+    "mlp": (MLP((512, 512, 512), 10, norm=BatchNorm), (784,)),
 }
 QUICK = 10  # rounds
 
@@ -46,66 +42,39 @@ class Config:
             raise UserError("--batch_sizes and --rounds: at least 1")
 
 
-def run(config: Config) -> list[dict[str, Any]]:
-    """Prints the table; its rows come back, with seconds and ratios."""
+def run(config: Config) -> dict[str, list[Prediction]]:
+    """Prints a table; the predictions come back, by model."""
     one_heap()
-    rows = [
-        row
-        for name in MODELS
-        for size in config.batch_sizes
-        for row in measure(name, size, QUICK if config.quick else config.rounds)
-    ]
-    Console(highlight=False).print(table(rows))
-    return rows
-
-
-def measure(name: str, size: int, rounds: int) -> list[dict[str, Any]]:
-    """The rows of one model at one batch size."""
-    build, shape = MODELS[name]
-    x = jax.random.normal(jax.random.key(0), (size, *shape))
-    with_bn, without = build(norm=BatchNorm), build(norm=None)
-    variables = with_bn.init(jax.random.key(1), x, train=False)
-    folded = fold(with_bn, variables, x, train=False)
-    plain = without.init(jax.random.key(1), x, train=False)
-    contestants = {
-        "with BatchNorm": _predict(with_bn, variables, x),
-        "folded": _predict(folded.model, folded.variables, x),
-        "without": _predict(without, plain, x),
+    print(describe_machine() + "\n")
+    rounds = QUICK if config.quick else config.rounds
+    found = {
+        name: [measure(name, size, rounds) for size in config.batch_sizes] for name in MODELS
     }
-    seconds = interleave(contestants, rounds)
+    header = ["model", "batch", "network", "ms", "/without", "largest difference"]
+    lines = [line for name, some in found.items() for p in some for line in rows(name, p)]
+    print(table(header, lines))
+    return found
+
+
+def measure(name: str, size: int, rounds: int) -> Prediction:
+    """Of one model, at one batch size."""
+    model, shape = MODELS[name]
+    x = jax.random.normal(jax.random.key(0), (size, *shape))
+    variables = model.init(jax.random.key(1), x, train=False)
+    return predict_folded(model, variables, x, rounds)
+
+
+def rows(name: str, p: Prediction) -> list[list[str]]:
+    """A line for each network."""
+    found = (
+        ("with BatchNorm", p.unfolded_milliseconds, p.unfolded_to_without, ""),
+        ("folded", p.milliseconds, p.to_without, f"{p.difference:.1e}"),
+        ("without", p.without_milliseconds, 1, ""),
+    )
     return [
-        {
-            "model": name, "batch_size": size, "network": network,
-            "seconds": statistics.median(seconds[network]),
-            "to_without": median_ratio(seconds, network, "without"),
-            "difference": folded.difference if network == "folded" else None,
-        }
-        for network in contestants
-    ]  # fmt: skip
-
-
-def _predict(model, variables, x):
-    predict = jax.jit(functools.partial(model.apply, train=False))
-    return functools.partial(predict, variables, x)
-
-
-def table(rows: list[dict[str, Any]]) -> Table:
-    """A line for each model, batch size and network."""
-    result = Table(box=None)
-    names = ("model", "batch", "network", "ms", "/without", "largest difference")
-    for i, name in enumerate(names):
-        result.add_column(name, justify="left" if i in (0, 2) else "right")
-    for row in rows:
-        first = row["network"] == "with BatchNorm"
-        result.add_row(
-            row["model"] if first else "",
-            str(row["batch_size"]) if first else "",
-            row["network"],
-            padded(1e3 * row["seconds"]),
-            f"{row['to_without']:.2f}",
-            "" if row["difference"] is None else f"{row['difference']:.1e}",
-        )
-    return result
+        [name, str(p.batch), network, padded(ms), f"{ratio:.2f}", difference]
+        for network, ms, ratio, difference in found
+    ]
 
 
 if __name__ == "__main__":

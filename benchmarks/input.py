@@ -27,6 +27,8 @@ from benchmarks.where import describe_machine
 from bn_jax.data import augmentation, images, load
 from bn_jax.errors import UserError
 from bn_jax.measure.timing import interleave
+from bn_jax.report.markdown import table
+from bn_jax.report.text import whole
 from bn_jax.training.xla import set_up
 from experiments import flags
 from experiments.flags import flag
@@ -105,21 +107,18 @@ def jpeg(seed: int, height: int = 400, width: int = 500) -> bytes:
 
 
 def run(config: Config) -> None:
-    """Prints three tables, in Markdown."""
+    """Prints three tables."""
     set_up()
     print(describe_machine("tensorflow-datasets", "pillow") + "\n")
-    print("| second start | seconds until its arrays are on the device |\n| :-- | --: |")
-    for name in config.datasets:
-        seconds = loading(name, config.data_dir, config.rounds)
-        if seconds is not None:
-            print(f"| {name} | {seconds:.3f} |")
+    starts = {name: loading(name, config.data_dir, config.rounds) for name in config.datasets}
+    rows = [[name, f"{seconds:.3f}"] for name, seconds in starts.items() if seconds is not None]
+    print(table(["second start", "seconds until its arrays are on the device"], rows))
     found = augmented(config.batch, config.rounds)
-    print(f"\n| batch of {config.batch} | ms | share of the step |\n| :-- | --: | --: |")
-    for name, seconds in found.items():
-        print(f"| {name} | {1e3 * seconds:.1f} | {seconds / found['step']:.1%} |")
-    print("\n| JPEG files of 500 x 400 | images/s of a core |\n| :-- | --: |")
-    for name, speed in decoding(config.images, config.rounds).items():
-        print(f"| {name} | {speed:,.0f} |")
+    rows = [[k, f"{1e3 * s:.1f}", f"{s / found['step']:.1%}"] for k, s in found.items()]
+    print(table([f"batch of {config.batch}", "ms", "share of the step"], rows))
+    speeds = decoding(config.images, config.rounds)
+    rows = [[name, whole(speed)] for name, speed in speeds.items()]
+    print(table(["JPEG files of 500 x 400", "images/s of a core"], rows))
 
 
 if __name__ == "__main__":

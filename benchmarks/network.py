@@ -23,15 +23,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks.machines import MACHINES, TPU_V3_PEAK, Switched, Torus, sent
 from benchmarks.payload import Network, describe
 from bn_jax.errors import UserError
 from bn_jax.linen import BatchNorm
 from bn_jax.models import CifarA, Inception, ResNet50
+from bn_jax.report.markdown import table
 from bn_jax.report.text import padded, whole
 from experiments import flags
 from experiments.flags import flag
@@ -119,21 +116,20 @@ class Config:
 
 def run(config: Config) -> list[dict[str, Any]]:
     """Prints a table of what is sent, and one of times for each network; their rows."""
-    # No table takes more than it needs; in 80 columns they would be broken.
-    console, assumed = Console(highlight=False, width=200), Assumptions()
+    assumed = Assumptions()
     known = {name: describe(name, *MODELS[name]) for name in {"ResNet-50", *config.models}}
     utilisation = assumed.utilisation(known["ResNet-50"].flop)
     networks = [known[name] for name in config.models]
-    console.print(what_is_sent(networks, config.chips[0]))
-    console.print(
-        f"\nChips reach {100 * utilisation:.1f} % of their peak. Recommended (bold): as many "
+    print(what_is_sent(networks, config.chips[0]))
+    print(
+        f"Chips reach {100 * utilisation:.1f} % of their peak. Recommended (bold): as many "
         f"chips share as have {assumed.examples_per_statistic} examples, or fewer."
     )
     rows = []
     for network in networks:
         new = projections(network, config.chips, utilisation, assumed)
-        console.print(f"\n{network.name}, milliseconds of a step:")
-        console.print(table(new))
+        print(f"\n{network.name}, milliseconds of a step:\n")
+        print(steps(new), end="")
         rows += new
     return rows
 
@@ -156,48 +152,42 @@ def projections(
     return rows
 
 
-def what_is_sent(networks: list[Network], chips: int) -> Table:
+def what_is_sent(networks: list[Network], chips: int) -> str:
     """A line for each network; last what one of so many chips sends if all share."""
-    result = _table(
+    header = [
         "network", "parameters", "BN layers", "their features", "GFLOP/example", "all-reduces",
         "gradients (MB)", "BN (kB)", "running (kB/chip)", f"1 of {chips} sends (MB)",
-    )  # fmt: skip
+    ]  # fmt: skip
+    lines = []
     for network in networks:
         gradients, norms = network.gradients(), sum(network.norms())
-        result.add_row(
+        lines.append([
             network.name, whole(network.parameters), whole(len(network.features)),
             whole(sum(network.features)), padded(network.flop / 1e9),
             whole(1 + len(network.norms())), padded(gradients / 1e6), padded(norms / 1e3),
             padded(network.running(1) / 1e3), padded(sent(gradients + norms, chips) / 1e6),
-        )  # fmt: skip
-    return result
+        ])  # fmt: skip
+    return table(header, lines)
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
+def steps(rows: list[dict[str, Any]]) -> str:
     """A line for each row, of one network; last the step over computing and gradients."""
-    result = _table(
+    header = [
         "machine", "chips", "examples/chip", "chips that share", "examples/statistic",
         "compute", "gradients", "BN", "running", "step", "to the first two",
-    )  # fmt: skip
+    ]  # fmt: skip
+    lines = []
     for row in rows:
         parts = [row[name] for name in Step._fields]
         group = whole(row["group"])
-        result.add_row(
+        lines.append([
             row["machine"], whole(row["chips"]), whole(row["examples"]),
             f"**{group}**" if row["recommended"] else group,
             whole(row["group"] * row["examples"]),
             *(padded(1e3 * seconds) for seconds in (*parts, sum(parts))),
             f"{sum(parts) / (row['compute'] + row['gradients']):.2f}",
-        )  # fmt: skip
-    return result
-
-
-def _table(first, *others):
-    result = Table(box=box.MARKDOWN)
-    result.add_column(first)
-    for name in others:
-        result.add_column(name, justify="right")
-    return result
+        ])  # fmt: skip
+    return table(header, lines)
 
 
 if __name__ == "__main__":

@@ -69,9 +69,9 @@ def accuracy(
 
 def estimate(values: list[float]) -> dict[str, Any]:
     """Their `median` and its `ci95`, a percentile bootstrap interval."""
-    from bn_jax.measure.convergence import median, median_interval
+    from bn_jax.measure import convergence
 
-    return {"median": median(values), "ci95": median_interval(values)}
+    return convergence.estimate(values)
 
 
 def difference(a: list[float], b: list[float]) -> dict[str, Any]:

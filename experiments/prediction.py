@@ -6,17 +6,16 @@ import functools
 import statistics
 from typing import Any, NamedTuple
 
-ROUNDS = 300
-
 
 class Prediction(NamedTuple):
     """A prediction of `batch` examples.
 
     Attributes:
       batch: how many examples.
-      milliseconds: of the folded network, the median.
-      to_unfolded, to_without: its time over that with BatchNorm, and over that of the network
-        built without: medians over rounds in which each predicts once.
+      milliseconds, unfolded_milliseconds, without_milliseconds: of the folded network, of that
+        with BatchNorm, and of the one built without: medians over the rounds.
+      to_unfolded, to_without: of the folded network's time over the others': medians over
+        rounds in which each predicts once.
       unfolded_to_without: the time with BatchNorm over that without.
       difference: the largest one between outputs with BatchNorm and folded, in terms of the
         largest output.
@@ -24,13 +23,15 @@ class Prediction(NamedTuple):
 
     batch: int
     milliseconds: float
+    unfolded_milliseconds: float
+    without_milliseconds: float
     to_unfolded: float
     to_without: float
     unfolded_to_without: float
     difference: float
 
 
-def predict_folded(model: Any, variables: Any, x: Any) -> Prediction:
+def predict_folded(model: Any, variables: Any, x: Any, rounds: int = 300) -> Prediction:
     """Folds a model of `bn_jax.models`, and times it beside itself on the examples x."""
     import jax
 
@@ -47,10 +48,13 @@ def predict_folded(model: Any, variables: Any, x: Any) -> Prediction:
         name: functools.partial(jax.jit(functools.partial(m.apply, train=False)), v, x)
         for name, (m, v) in networks.items()
     }
-    seconds = interleave(contestants, ROUNDS)
+    seconds = interleave(contestants, rounds)
+    milliseconds = {name: 1e3 * statistics.median(v) for name, v in seconds.items()}
     return Prediction(
         batch=len(x),
-        milliseconds=1e3 * statistics.median(seconds["folded"]),
+        milliseconds=milliseconds["folded"],
+        unfolded_milliseconds=milliseconds["unfolded"],
+        without_milliseconds=milliseconds["without"],
         to_unfolded=median_ratio(seconds, "folded", "unfolded"),
         to_without=median_ratio(seconds, "folded", "without"),
         unfolded_to_without=median_ratio(seconds, "unfolded", "without"),

@@ -28,15 +28,9 @@ def train_one(
         `RunState`.
       parallel: how several devices share the work, as in `bn_jax.measure.sweep`.
     """
-    from bn_jax.measure.engines import engine_class
-    from bn_jax.measure.grid import chunks
-    from bn_jax.measure.layouts import layout
-    from bn_jax.measure.programs import traced
+    from bn_jax.measure.engines import prepare
 
-    devices = layout(parallel, 1, 1)
-    (chunk,) = chunks([point], [seed], 1, devices.block)
-    make = engine_class(traced(run, dataset), devices)
-    engine = devices.engine(make, run, dataset, budget, chunk)
+    engine, chunk = prepare(run, dataset, [point], [seed], budget, parallel)
     state = engine.init(chunk)
     see(0, engine.pick(state, 0, 0))
     for done in range(0, budget.steps, budget.eval_every):

@@ -14,11 +14,7 @@ import optax
 from benchmarks.peers.task import CLASSES, Task
 from bn_jax.data import Dataset, Split, augmentation, batch_indices
 from bn_jax.linen import BatchNorm
-from bn_jax.measure import Budget, Point
-from bn_jax.measure.engines import engine_class
-from bn_jax.measure.grid import chunks
-from bn_jax.measure.layouts import layout
-from bn_jax.measure.programs import traced
+from bn_jax.measure import Budget, Point, engines
 from bn_jax.models import MLP, CifarA
 from bn_jax.training.run import Run, RunState, Swept
 from bn_jax.training.xla import set_up
@@ -67,11 +63,8 @@ def epochs(
     parallel: str = "single",
 ) -> tuple[Any, Callable[[], None]]:  # fmt: skip
     """An engine, and a call that trains its runs for the steps of the budget."""
-    one = traced(run, dataset)
-    devices = layout(parallel, 1, runs, one.small(budget.eval_every))
-    (chunk,) = chunks([point], range(runs), runs, devices.block)
-    make = make or engine_class(one, devices)
-    engine = devices.engine(make, run, dataset, budget, chunk)
+    seeds = range(runs)
+    engine, chunk = engines.prepare(run, dataset, [point], seeds, budget, parallel, make)
     state = [engine.init(chunk)]
 
     def train():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +44,11 @@ def median_interval(needed: Needed) -> list[float | None]:
     values = _with_infinities(needed)
     medians = _resampled_medians(tuple(values))
     return _percentiles(medians, medians)
+
+
+def estimate(needed: Needed) -> dict[str, Any]:
+    """The `median` over runs and its `ci95`, as `summary.json` has them."""
+    return {"median": median(needed), "ci95": median_interval(needed)}
 
 
 def mean_interval(values: Sequence[float]) -> list[float]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bn_jax.measure.convergence import median, median_interval, speedup
+from bn_jax.measure.convergence import estimate, speedup
 from bn_jax.measure.grid import Point
 
 
@@ -85,6 +85,5 @@ def _compared(rows, runs):
 
 
 def _arm(row, runs):
-    own = runs[row["arm"], Point.of(row)]
-    statistics = {"median": median(own), "ci95": median_interval(own)}
-    return {"arm": row["arm"], **Point.of(row)._asdict(), **statistics}
+    point = Point.of(row)
+    return {"arm": row["arm"], **point._asdict(), **estimate(runs[row["arm"], point])}

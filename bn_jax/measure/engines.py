@@ -11,12 +11,15 @@ vmapped one as a slow grouped convolution; and where all devices train one netwo
 chunk)` a dict of `[points, seeds]` arrays, `pick(state, i, j)` the state of one run. States
 are donated: use each once. Both may be told which runs are `going`, `[points, seeds]`: what
 becomes of the others does not count. Where a budget has several laps, `lap(state, chunk,
-order, since)` is one of them, on `order(chunk, first_step)`.
+order, since)` is one of them, on `order(chunk, first_step)`. `training_memory()` and
+`state_memory()` are bytes on a device. `prepare` makes one for all of a grid at once.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,33 +27,93 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from bn_jax.measure import layouts
 from bn_jax.measure.ahead import Ahead
-from bn_jax.measure.grid import Budget, Chunk
-from bn_jax.measure.layouts import Single
-from bn_jax.measure.programs import Traced
+from bn_jax.measure.grid import Budget, Chunk, Point, chunks
+from bn_jax.measure.programs import Traced, traced
 from bn_jax.training.distributed import everyone
 from bn_jax.training.run import NO_SUMS, Run, RunState, data_key
 from bn_jax.training.xla import run_once, sorts, without_library
 
-RUN = ("run", "seed", "point")
 
-
-def engine_class(one: Traced, layout: Single) -> type[Together | InTurn]:
+def engine_class(one: Traced, layout: layouts.Single) -> type[Together | InTurn]:
     """The faster one for the network and the machine."""
     in_turn = one.convolves and jax.default_backend() == "cpu"
     return InTurn if in_turn or layout.parts > 1 else Together
 
 
+def prepare(
+    run: Run, dataset: Any, points: Sequence[Point], seeds: Sequence[int], budget: Budget,
+    parallel: str, make: type[Together | InTurn] | None = None,
+) -> tuple[Any, Chunk]:  # fmt: skip
+    """An engine for the whole grid, and the grid as the chunk that it takes.
+
+    Args:
+      run, dataset, points, seeds, budget, parallel: as for `bn_jax.measure.sweep`.
+      make: the engine; by default that of a sweep.
+
+    Raises:
+      ValueError: the grid is more than the engine takes at once.
+    """
+    one = traced(run, dataset)
+    layout = layouts.layout(parallel, len(points), len(seeds), one.small(budget.eval_every))
+    make = make or engine_class(one, layout)
+    limit = layout.at_once(make, len(points) * len(seeds))
+    (chunk,) = chunks(points, seeds, limit, layout.block)
+    return layout.engine(make, run, dataset, budget, chunk), chunk
+
+
 class _Engine:
+    """What both do with the programs that they make.
+
+    These are `_init`, `_order`, `_train` for a lap or a step, and in `_counts` one for each
+    split, with the split and its rows.
+    """
+
+    def __init__(self, dataset: Any, budget: Budget, layout: layouts.Single):
+        self._layout, self._budget = layout, budget
+        self._dataset = layout.put(dataset, "all")
+        self._held_out = self._dataset.validation, self._dataset.test
+
+    def init(self, chunk: Chunk) -> Any:
+        """The state of every run before its first step."""
+        inputs = self._dataset.train.inputs
+        return self._init(self._keys(chunk), self._swept(chunk), inputs)
+
     def advance(
         self, state: Any, chunk: Chunk, first_step: int, going: np.ndarray | None = None
     ) -> Any:
         """The state `eval_every` steps later, which is queued and not waited for."""
         return self.lap(state, chunk, self.order(chunk, first_step), 0)
 
+    def evaluate(
+        self, state: Any, chunk: Chunk, going: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """Losses, accuracies and `diverged_at`, `[points, seeds]` each."""
+        swept = self._swept(chunk)
+        sums = [self._sum(count, state, swept, *of) for count, *of in self._counts]
+        examples = (split.labels.shape[0] for split in self._held_out)
+        return _report(state, sums, (self._budget.eval_every, *examples))
+
     def pick(self, state: Any, i: int, j: int) -> RunState:
         """A copy of the state of the run of point i and seed j."""
         return self._layout.own(state, i, j)
+
+    def training_memory(self) -> int:
+        """Bytes that training holds on a device: arguments, results, temporaries."""
+        found = self._train.memory_analysis()
+        held = found.argument_size_in_bytes + found.temp_size_in_bytes
+        return held + found.output_size_in_bytes - found.alias_size_in_bytes
+
+    def state_memory(self) -> int:
+        """Bytes of a state, which training returns in the place of the one before."""
+        return self._train.memory_analysis().alias_size_in_bytes
+
+    def _keys(self, chunk):
+        return self._layout.put(chunk.keys, "seed")
+
+    def _swept(self, chunk):
+        return self._layout.put(chunk.swept, "point")
 
 
 class Together(_Engine):
@@ -58,57 +121,37 @@ class Together(_Engine):
 
     limit = None
 
-    def __init__(self, run: Run, dataset: Any, budget: Budget, layout: Single, example: Chunk):
-        self._layout, self._budget = layout, budget
-        self._dataset = layout.put(dataset, "all")
-        runs = example.runs // math.prod(layout.block)  # of a device
-
-        def init(_, key, swept, split):
-            return run.init(key, swept, split.inputs)
-
-        def order(key, first_step):
-            return run.batches(data_key(key), first_step, budget.eval_every)
-
-        def advance(state, key, swept, order, since, split):
-            def step(state, rows):
-                return run.step(state, swept, split, rows), None
-
-            rows = lax.dynamic_slice_in_dim(order, since, budget.lap)
-            return lax.scan(step, _summing_from_0(state, since), rows)[0]
-
-        def count(state, key, swept, split, rows):
-            sums = lax.map(lambda r: run.evaluate(state, swept, split, r), rows)
-            return jax.tree.map(jnp.sum, sums)
-
-        def program(f, *more, donate=()):
-            return layout.program(_over_grid(f, more), (*RUN, *more), donate)
-
-        inputs, train, zero = _put(layout, example), self._dataset.train, np.int32(0)
-        init = layout.program(_one_by_one(init), (*RUN, "all"))
-        order = layout.program(jax.vmap(order, (0, None)), ("seed", "all"), out="seed")
-        advance = program(advance, "seed", "all", "all", donate=(0,))
-        count = program(count, "all", "all")
+    def __init__(
+        self, run: Run, dataset: Any, budget: Budget, layout: layouts.Single, example: Chunk
+    ):
+        super().__init__(dataset, budget, layout)
+        keys, swept = self._keys(example), self._swept(example)
+        train, zero = self._dataset.train, np.int32(0)
         options = without_library() if jax.default_backend() == "cpu" else {}
-        init, order = init.lower(None, *inputs, train), order.lower(inputs[0], zero)
-        state, rows = init.out_info, order.out_info
-        self._init, order = init.compile(run_once()), order.compile(options | sorts())
+
+        def program(f, *kinds, donate=()):
+            return layout.program(_over_grid(f, kinds), kinds, donate)
+
+        init = layout.program(_one_by_one(run.init), ("seed", "point", "all"))
+        init = init.lower(keys, swept, train.inputs)
+        order = jax.vmap(functools.partial(_order, run, budget), (0, None))
+        order = layout.program(order, ("seed", "all"), out="seed").lower(keys, zero)
+        state, shuffle = init.out_info, order.compile(options | sorts())
+        self._init = init.compile(run_once())
         self._order = Ahead(
-            lambda chunk, step: order(layout.put(chunk.keys, "seed"), step),
+            lambda chunk, step: shuffle(self._keys(chunk), step),
             budget.eval_every, budget.steps, layout.beside,
         )  # fmt: skip
-        self._advance = advance.lower(state, *inputs, rows, zero, train).compile(options)
-        self._held_out = [
-            (split, layout.put(_rows(split, budget, runs), "all"))
-            for split in _held_out(self._dataset)
-        ]
-        self._count = [
-            count.lower(state, *inputs, *held_out).compile(options)
-            for held_out in self._held_out
-        ]
-
-    def init(self, chunk: Chunk) -> Any:
-        """The state of every run before its first step."""
-        return self._init(None, *_put(self._layout, chunk), self._dataset.train)
+        lap = functools.partial(_lap, run, budget)
+        lap = program(lap, "run", "point", "all", "all", "seed", donate=(0,))
+        self._train = lap.lower(state, swept, train, zero, order.out_info).compile(options)
+        count = program(functools.partial(_sums, run), "run", "point", "all", "all")
+        runs = example.runs // math.prod(layout.block)  # of a device
+        self._counts = []
+        for split in self._held_out:
+            rows = layout.put(_rows(split, budget, runs), "all")
+            compiled = count.lower(state, swept, split, rows).compile(options)
+            self._counts.append((compiled, split, rows))
 
     def order(self, chunk: Chunk, first_step: int) -> jax.Array:
         """The examples of the next `eval_every` steps, int32 `[seeds, steps, batch]`."""
@@ -116,27 +159,11 @@ class Together(_Engine):
 
     def lap(self, state: Any, chunk: Chunk, order: jax.Array, since: int) -> Any:
         """The state a lap later, of which the first step is number `since` of the order."""
-        inputs, train = _put(self._layout, chunk), self._dataset.train
-        return self._advance(state, *inputs, order, np.int32(since), train)
+        swept, train = self._swept(chunk), self._dataset.train
+        return self._train(state, swept, train, np.int32(since), order)
 
-    def training_memory(self) -> int:
-        """Bytes that `advance` holds on a device: arguments, results, temporaries."""
-        found = self._advance.memory_analysis()
-        held = found.argument_size_in_bytes + found.temp_size_in_bytes
-        return held + found.output_size_in_bytes - found.alias_size_in_bytes
-
-    def state_memory(self) -> int:
-        """Bytes of a state, which `advance` returns in the place of the one before."""
-        return self._advance.memory_analysis().alias_size_in_bytes
-
-    def evaluate(
-        self, state: Any, chunk: Chunk, going: np.ndarray | None = None
-    ) -> dict[str, np.ndarray]:
-        """Losses, accuracies and `diverged_at`, `[points, seeds]` each."""
-        inputs = _put(self._layout, chunk)
-        pairs = zip(self._count, self._held_out, strict=True)
-        sums = [count(state, *inputs, *held_out) for count, held_out in pairs]
-        return _report(state, sums, self._dataset, self._budget)
+    def _sum(self, count, *args):
+        return count(*args)
 
 
 class InTurn(_Engine):
@@ -144,77 +171,78 @@ class InTurn(_Engine):
 
     limit = 1
 
-    def __init__(self, run: Run, dataset: Any, budget: Budget, layout: Single, example: Chunk):
-        self._layout, self._budget = layout, budget
-        self._dataset = layout.put(dataset, "all")
+    def __init__(
+        self, run: Run, dataset: Any, budget: Budget, layout: layouts.Single, example: Chunk
+    ):
+        super().__init__(dataset, budget, layout)
+        keys, swept = self._keys(example), self._swept(example)
+        train, zero = self._dataset.train, np.int32(0)
 
-        def init(_, key, swept, split):
-            return run.init(key, swept, split.inputs)
+        def program(f, *kinds, donate=()):
+            return layout.program(_of_one(f, kinds), kinds, donate)
 
-        def order(_, key, swept, first_step):
-            return run.batches(data_key(key), first_step, budget.eval_every).T
-
-        def step(state, key, swept, split, since, order, axis_name=None):
-            rows = order.reshape(order.shape[-2:])[:, since]
-            return run.step(
-                _summing_from_0(state, since), swept, split, rows,
-                filled=fills, axis_name=axis_name,
-            )  # fmt: skip
-
-        def count(state, key, swept, split, rows, axis_name=None):
-            return run.evaluate(state, swept, split, rows, axis_name=axis_name)
-
-        def program(f, *more, donate=()):
-            return layout.program(_of_one(f), (*RUN, *more), donate)
-
-        inputs, train, zero = _put(layout, example), self._dataset.train, np.int32(0)
-        init = program(init, "all").lower(None, *inputs, train)
-        order = program(order, "all").lower(None, *inputs, zero)
+        init = program(run.init, "seed", "point", "all").lower(keys, swept, train.inputs)
+        order = program(lambda *args: _order(run, budget, *args).T, "seed", "all")
+        order = order.lower(keys, zero)
         state, fills = init.out_info, order.out_info.shape[2] % layout.parts > 0
         self._init, self._order = init.compile(run_once()), order.compile(sorts())
-        rows = layout.put(self._order(None, *inputs, zero), "order")
-        step = program(step, "all", "all", "order", donate=(0,))
-        self._step = step.lower(state, *inputs, train, zero, rows).compile()
-        self._held_out = [
-            (split, [layout.put(r, "rows") for r in _rows(split, budget, 1)])
-            for split in _held_out(self._dataset)
-        ]
-        count = program(count, "all", "rows")
-        self._count = [
-            count.lower(state, *inputs, split, rows[0]).compile()
-            for split, rows in self._held_out
-        ]
-
-    def init(self, chunk: Chunk) -> Any:
-        """The state of every run before its first step."""
-        state = self._init(None, *_put(self._layout, chunk), self._dataset.train)
-        return self._layout.put(state, "run")
+        step = functools.partial(_step, run, fills)
+        step = program(step, "run", "point", "all", "all", "order", donate=(0,))
+        order = self.order(example, 0)
+        self._train = step.lower(state, swept, train, zero, order).compile()
+        count = program(run.evaluate, "run", "point", "all", "rows")
+        self._counts = []
+        for split in self._held_out:
+            rows = [layout.put(r, "rows") for r in _rows(split, budget, 1)]
+            compiled = count.lower(state, swept, split, rows[0]).compile()
+            self._counts.append((compiled, split, rows))
 
     def order(self, chunk: Chunk, first_step: int) -> jax.Array:
         """The examples of the next `eval_every` steps, `[points, seeds, batch, steps]`."""
-        order = self._order(None, *_put(self._layout, chunk), np.int32(first_step))
+        order = self._order(self._keys(chunk), np.int32(first_step))
         return self._layout.put(order, "order")
 
     def lap(self, state: Any, chunk: Chunk, order: jax.Array, since: int) -> Any:
         """The state a lap later, of which the first step is number `since` of the order."""
-        inputs, train = _put(self._layout, chunk), self._dataset.train
+        swept, train = self._swept(chunk), self._dataset.train
         for i in range(since, since + self._budget.lap):
-            state = self._step(state, *inputs, train, np.int32(i), order)
+            state = self._train(state, swept, train, np.int32(i), order)
             self._layout.wait(state)
         return state
 
-    def evaluate(
-        self, state: Any, chunk: Chunk, going: np.ndarray | None = None
-    ) -> dict[str, np.ndarray]:
-        """Losses, accuracies and `diverged_at`, `[points, seeds]` each."""
-        inputs, sums = _put(self._layout, chunk), []
-        for count, (split, chunks) in zip(self._count, self._held_out, strict=True):
-            parts = []
-            for rows in chunks:
-                parts.append(count(state, *inputs, split, rows))
-                self._layout.wait(parts)
-            sums.append(jax.tree.map(lambda *v: sum(v), *parts))
-        return _report(state, sums, self._dataset, self._budget)
+    def _sum(self, count, state, swept, split, rows):
+        parts = []
+        for some in rows:
+            parts.append(count(state, swept, split, some))
+            self._layout.wait(parts)
+        return jax.tree.map(lambda *v: sum(v), *parts)
+
+
+def _order(run, budget, key, first_step):
+    """The examples of the steps to the next evaluation, `[steps, batch]`."""
+    return run.batches(data_key(key), first_step, budget.eval_every)
+
+
+def _lap(run, budget, state, swept, split, since, order):
+    def step(state, rows):
+        return run.step(state, swept, split, rows), None
+
+    rows = lax.dynamic_slice_in_dim(order, since, budget.lap)
+    return lax.scan(step, _summing_from_0(state, since), rows)[0]
+
+
+def _step(run, filled, state, swept, split, since, order, axis_name=None):
+    # A device's part of the batch has no points and seeds in front.
+    rows = order.reshape(order.shape[-2:])[:, since]
+    return run.step(
+        _summing_from_0(state, since), swept, split, rows, filled=filled, axis_name=axis_name
+    )
+
+
+def _sums(run, state, swept, split, rows):
+    """Over rows `[n, size]`, of which so many are evaluated at a time."""
+    sums = lax.map(lambda r: run.evaluate(state, swept, split, r), rows)
+    return jax.tree.map(jnp.sum, sums)
 
 
 def _summing_from_0(state, since):
@@ -223,13 +251,9 @@ def _summing_from_0(state, since):
     return state._replace(sums=sums)
 
 
-def _put(layout, chunk):
-    return layout.put(chunk.keys, "seed"), layout.put(chunk.swept, "point")
-
-
-def _report(state, sums, dataset, budget):
+def _report(state, sums, counts):
+    """Means over so many examples, or steps, in training, validation and test."""
     sums, diverged_at = everyone(((state.sums, *sums), state.diverged_at))
-    counts = (budget.eval_every, *(split.labels.shape[0] for split in _held_out(dataset)))
     report = {"diverged_at": diverged_at}
     for name, of, count in zip(("train", "validation", "test"), sums, counts, strict=True):
         report[f"{name}_loss"] = of.loss / count
@@ -246,13 +270,8 @@ def _rows(split, budget, runs):
     return np.arange(count * size, dtype=np.int32).reshape(count, size)
 
 
-def _held_out(dataset):
-    return dataset.validation, dataset.test
-
-
-def _over_grid(f, more):
-    """f of a run, `RUN` and more, over states [points, seeds], keys [seeds], swept [points]."""
-    kinds = (*RUN, *more)
+def _over_grid(f, kinds):
+    """f of a run over states [points, seeds], keys [seeds] and swept numbers [points]."""
     seeds, points = (
         tuple(0 if kind in ("run", axis) else None for kind in kinds)
         for axis in ("seed", "point")
@@ -260,25 +279,26 @@ def _over_grid(f, more):
     return jax.vmap(jax.vmap(f, seeds), points)
 
 
-def _one_by_one(f):
-    """As `_over_grid` where there is no state yet: run after run.
+def _one_by_one(init):
+    """As `_over_grid`, run after run.
 
     Orthogonal kernels are by QR, of which a batch waits for threads of XLA's pool: two at the
     same time wait for each other, on two cores, for ever (LAPACK in jaxlib 0.10.2).
     """
 
-    def g(_, keys, swept, *rest):
-        return lax.map(lambda s: lax.map(lambda key: f(None, key, s, *rest), keys), swept)
+    def g(keys, swept, inputs):
+        return lax.map(lambda s: lax.map(lambda key: init(key, s, inputs), keys), swept)
 
     return g
 
 
-def _of_one(f):
+def _of_one(f, kinds):
     """As `_over_grid`, where there is one point and one seed: f without vmap."""
+    first = {"run": lambda v: v[0, 0], "seed": lambda v: v[0], "point": lambda v: v[0]}
 
-    def g(state, key, swept, *rest, **names):
-        state = jax.tree.map(lambda v: v[0, 0], state)
-        result = f(state, key[0], jax.tree.map(lambda v: v[0], swept), *rest, **names)
-        return jax.tree.map(lambda v: v[None, None], result)
+    def g(*args, **names):
+        pairs = zip(args, kinds, strict=True)
+        own = (jax.tree.map(first.get(kind, lambda v: v), arg) for arg, kind in pairs)
+        return jax.tree.map(lambda v: v[None, None], f(*own, **names))
 
     return g

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from bn_jax.measure.convergence import median, median_interval, speedup, steps_to_target
+from bn_jax.measure.convergence import estimate, median, speedup, steps_to_target
 from bn_jax.measure.grid import Point
 
 Record = dict[str, Any]
@@ -138,10 +138,10 @@ def _arm(by_point, arm, point, goal):
         **point._asdict(),
         "seeds": len(runs),
         "reached": sum(s is not None for s in steps),
-        "steps_to_target": _statistics(steps),
-        "seconds_to_target": _statistics(_seconds(runs, steps)),
-        "max_accuracy": _statistics([_max(r["test_accuracy"]) for r in runs]),
-        "final_accuracy": _statistics(final),
+        "steps_to_target": estimate(steps),
+        "seconds_to_target": estimate(_seconds(runs, steps)),
+        "max_accuracy": estimate([_max(r["test_accuracy"]) for r in runs]),
+        "final_accuracy": estimate(final),
         "trains": statistics.median(final) >= TRAINS * goal.test,
         "diverged": sum(r["diverged_at"] is not None for r in runs),
     }
@@ -195,10 +195,6 @@ def _seconds(runs, steps):
         None if s is None else s * r["seconds"]["per_step"]
         for r, s in zip(runs, steps, strict=True)
     ]
-
-
-def _statistics(values):
-    return {"median": median(values), "ci95": median_interval(values)}
 
 
 def _max(values):

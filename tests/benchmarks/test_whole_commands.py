@@ -1,6 +1,7 @@
 """Benchmarks that run whole commands, and the page that all of them make."""
 
 import importlib
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -123,6 +124,13 @@ def test_without_a_choice_all_run_that_can_anywhere(monkeypatch, tmp_path):
     monkeypatch.setattr(every, "printed", lambda name: called.append(name) or "")
     every.run(every.Config(out=str(tmp_path / "page.md")))
     assert called == [name for name in every.PROGRAMS if name not in every.ELSEWHERE]
+
+
+def test_no_program_is_forgotten():
+    """`network` measures nothing: docs/scaling.md has what it prints."""
+    files = Path(every.__file__).parent.glob("*.py")
+    programs = {file.stem for file in files if "__main__" in file.read_text()}
+    assert programs == {*every.PROGRAMS, "all", "network"}
 
 
 @pytest.mark.parametrize("name", every.PROGRAMS)

@@ -11,7 +11,7 @@ import pytest
 from bn_jax.data import batch_indices, load
 from bn_jax.linen import BatchNorm
 from bn_jax.measure import Budget, Point, apart, sweep
-from bn_jax.measure.engines import InTurn, Together
+from bn_jax.measure.engines import InTurn, Together, prepare
 from bn_jax.measure.grid import chunks
 from bn_jax.measure.layouts import Single
 from bn_jax.models import CNN, MLP
@@ -119,9 +119,19 @@ def test_engines_agree(digits):
         for first in (0, 10):
             state = engine.advance(state, chunk, first)
         reports.append(engine.evaluate(state, chunk))
+        assert 0 < engine.state_memory() < engine.training_memory()
     for name, value in reports[0].items():
         assert value.shape == (1, 1)
         np.testing.assert_allclose(value, reports[1][name], rtol=1e-4, err_msg=name)
+
+
+def test_an_engine_for_a_whole_grid(digits):
+    grid = POINTS[:2], range(3)
+    engine, chunk = prepare(build(digits), digits, *grid, BUDGET, "single")
+    report = engine.evaluate(engine.init(chunk), chunk)
+    assert {v.shape for v in report.values()} == {(2, 3)}
+    with pytest.raises(ValueError, match="too many"):
+        prepare(build(digits), digits, *grid, BUDGET, "single", InTurn)
 
 
 def test_a_convolutional_network_learns(digits):
