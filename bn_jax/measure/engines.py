@@ -129,8 +129,12 @@ class Together(_Engine):
         train, zero = self._dataset.train, np.int32(0)
         options = without_library() if jax.default_backend() == "cpu" else {}
 
+        runs = example.runs // math.prod(layout.block)  # of a device
+        # Under vmap a condition is none: both of its branches are computed.
+        over = _of_one if runs == 1 else _over_grid
+
         def program(f, *kinds, donate=()):
-            return layout.program(_over_grid(f, kinds), kinds, donate)
+            return layout.program(over(f, kinds), kinds, donate)
 
         init = layout.program(_one_by_one(run.init), ("seed", "point", "all"))
         init = init.lower(keys, swept, train.inputs)
@@ -146,7 +150,6 @@ class Together(_Engine):
         lap = program(lap, "run", "point", "all", "all", "seed", donate=(0,))
         self._train = lap.lower(state, swept, train, zero, order.out_info).compile(options)
         count = program(functools.partial(_sums, run), "run", "point", "all", "all")
-        runs = example.runs // math.prod(layout.block)  # of a device
         self._counts = []
         for split in self._held_out:
             rows = layout.put(_rows(split, budget, runs), "all")

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from bn_jax.core.moments import LARGE
 from bn_jax.data import batch_indices, load
 from bn_jax.linen import BatchNorm
 from bn_jax.measure import Budget, Point, apart, sweep
@@ -132,6 +133,15 @@ def test_an_engine_for_a_whole_grid(digits):
     assert {v.shape for v in report.values()} == {(2, 3)}
     with pytest.raises(ValueError, match="too many"):
         prepare(build(digits), digits, *grid, BUDGET, "single", InTurn)
+
+
+@pytest.mark.parametrize(("runs", "conditions"), [(1, 1), (2, 0)])
+def test_a_run_by_itself_takes_one_branch(digits, monkeypatch, runs, conditions):
+    """Of the statistics of a large layer; under vmap both branches are computed."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    run = build(digits, features=(2 * LARGE // BATCH,))
+    engine, _ = prepare(run, digits, POINTS[:1], range(runs), BUDGET, "single")
+    assert engine._train.as_text().count(" conditional(") == conditions
 
 
 def test_a_convolutional_network_learns(digits):
