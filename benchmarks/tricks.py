@@ -66,6 +66,7 @@ from bn_jax.training.xla import keep_memory, set_flags
 from experiments import arms, circles, flags
 from experiments.flags import flag
 
+CALLS = 100  # of what takes too little to be timed by itself
 CNN = Task("cifar_a", (8, 16, 64, 32), (16, 16, 3), 128, 32, augment=False)
 
 
@@ -74,10 +75,12 @@ class Config:
     """See `python -m benchmarks.tricks --help`."""
 
     shape: tuple[int, ...] = flag((256, 32, 32, 32), "of a layer's array, features last")
+    small: int = flag(4, "examples of the small one, which is a part of it")
     runs: int = flag(100, "in a sweep of circles' network")
     epochs: int = flag(5, "of such a sweep that are timed")
     seeds: int = flag(10, "of a network for digits, three layers of 100 sigmoids")
     steps: int = flag(100, "of each of them that are timed")
+    width: int = flag(4096, "of the layer of a network of one, in batches of 64")
     batch: int = flag(256, "of the step of network A")
     features: tuple[int, ...] = flag((32, 64, 128, 512, 128), "of network A")
     rounds: int = flag(9, "how often each is timed")
@@ -135,11 +138,17 @@ def of_layers(config: Config) -> Iterator[Trick]:
             jax.jit(lambda *v: closed(*v)).lower(x, one, one).compile(), x, one, one
         )
 
+    few = x[: config.small], dy[: config.small]
     with mock.patch("bn_jax.core.moments._raw_sums_first", return_value=False):
-        shifted = forward()
+        shifted, shifted_few = forward(), both(closed, *few)
     yield Trick(
         "raw sums where means are near 0", "sums about a shift",
         "XLA sums what is stored in half the time of what it computes", forward(), shifted,
+    )  # fmt: skip
+    yield Trick(
+        f"the same, {CALLS} forward and backward passes of {few[0].size:,} elements",
+        "sums about a shift", "two passes of eight in half their time",
+        *(functools.partial(several, call) for call in (both(closed, *few), shifted_few)),
     )  # fmt: skip
     yield Trick(
         "gradient in closed form", "autodiff's",
@@ -161,6 +170,11 @@ def of_layers(config: Config) -> Iterator[Trick]:
         both(functools.partial(closed, activation=nn.relu)),
         both(lambda *v: nn.relu(closed(*v))),
     )  # fmt: skip
+
+
+def several(call: Callable[[], Any]) -> list[Any]:
+    """What some calls of a tenth of a millisecond give: one would be timed with its start."""
+    return [call() for _ in range(CALLS)]
 
 
 def pooling(config: Config) -> Trick:
@@ -225,6 +239,14 @@ def of_sweeps(config: Config) -> Iterator[Trick]:
         f"{config.runs} runs in one program", "one after another",
         "what starting an operation takes, for all runs but one",
         trained(config.runs), lambda: [alone() for _ in range(config.runs)],
+    )  # fmt: skip
+    wide = Task("mlp", (config.width,), (8, 8, 1), 64 * config.steps, 64, augment=False)
+    with mock.patch.object(engines, "_of_one", engines._over_grid):
+        vmapped = ours.trainer(wide)[1]
+    yield Trick(
+        "a single run as it is", "under vmap over axes of 1",
+        "one of the two branches of a large layer's statistics: vmap computes both",
+        ours.trainer(wide)[1], vmapped,
     )  # fmt: skip
     small = Task("mlp", (100, 100, 100), (8, 8, 1), 60 * config.steps, 60, augment=False)
     yield Trick(
