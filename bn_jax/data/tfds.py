@@ -216,7 +216,7 @@ def image_and_classes(name: str, features: Any) -> tuple[tuple[int | None, ...],
     features = dict(features.items()) if hasattr(features, "items") else {}
     image, label = features.get(INPUT), features.get(LABEL)
     if not isinstance(image, kinds.Image) or not isinstance(label, kinds.ClassLabel):
-        found = ", ".join(f"{k}: {type(v).__name__}" for k, v in features.items())
+        found = ", ".join(f"{k}: {type(v).__name__}" for k, v in sorted(features.items()))
         raise UserError(
             f"dataset {name!r} has the features {found}: an image classification set has "
             f"{INPUT!r} (Image) and {LABEL!r} (ClassLabel)"
