@@ -20,6 +20,7 @@ from typing import Any
 
 from bn_jax.errors import UserError
 from bn_jax.report import write_atomically
+from experiments.config import Shared
 
 OUTPUTS = (
     "config.json", "records.jsonl", "summary.json", "report.html", "figures", "checkpoints",
@@ -147,7 +148,9 @@ def write_config(
     folder: Path, config: Any, experiment: str, devices: list[str], **more: Any
 ) -> dict[str, Any]:
     """Writes `config.json`: every flag, the command, versions, devices, the git commit."""
-    flags = dataclasses.asdict(config)
+    # First those that say what is trained, last those that all experiments share.
+    shared = {field.name for field in dataclasses.fields(Shared)}
+    flags = dict(sorted(dataclasses.asdict(config).items(), key=lambda f: f[0] in shared))
     content = {
         "experiment": experiment,
         "command": command(config, experiment),

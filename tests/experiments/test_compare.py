@@ -62,6 +62,8 @@ def test_the_config(finished):
     given |= {"learning_rates": [0.1, 1.0], "workdir": "first run"}
     defaults = json.loads(json.dumps(dataclasses.asdict(compare.Config())))
     assert config["flags"] == defaults | given
+    first, *_, last = config["flags"]
+    assert (first, last) == ("dataset", "resume")  # what all experiments share comes last
     assert config["devices"] == ["cpu: cpu"]
     for package in ("python", "jax", "jaxlib", "flax", "optax", "numpy"):
         assert re.match(r"\d+\.\d+", config["versions"][package])
