@@ -60,7 +60,7 @@ Medians over seeds with their 95 % intervals (percentile bootstrap); a run that 
 reach a target counts as never; a run that diverged is counted. How each number is defined:
 [method.md](method.md). Seconds are of a machine that may have done other things besides:
 compare them within one experiment. `cifar10` was a copy of CIFAR-10 that had been encoded anew
-as JPEG, and is harder than the original: its accuracies compare with each other. This page is
+as JPEG: its accuracies compare with each other, not with those on the original. This page is
 written by `python -m experiments.make_report` from the folders that the commands below leave.
 """
 
