@@ -101,7 +101,7 @@ def run(config: Config) -> dict[str, float]:
     keep_memory()
     print(describe_machine() + "\n")
     rows, gains = [], {}
-    kinds = (of_layers, of_sweeps, of_networks)
+    kinds = (of_layers, of_sweeps, of_dense_networks, of_networks)
     for trick in itertools.chain.from_iterable(kind(config) for kind in kinds):
         seconds = interleave({"on": trick.on, "off": trick.off}, config.rounds)
         gains[trick.what] = median_ratio(seconds, "off", "on")
@@ -240,6 +240,10 @@ def of_sweeps(config: Config) -> Iterator[Trick]:
         "what starting an operation takes, for all runs but one",
         trained(config.runs), lambda: [alone() for _ in range(config.runs)],
     )  # fmt: skip
+
+
+def of_dense_networks(config: Config) -> Iterator[Trick]:
+    """Runs of the networks of `benchmarks.peers`, without convolutions."""
     wide = Task("mlp", (config.width,), (8, 8, 1), 64 * config.steps, 64, augment=False)
     with mock.patch.object(engines, "_of_one", engines._over_grid):
         vmapped = ours.trainer(wide)[1]

@@ -97,9 +97,8 @@ class Config(compare.Config):
     @property
     def is_whole(self) -> bool:
         """Whether it is the source's network and training, at its size."""
-        source = Config(network=self.network)
         names = (*NETWORKS["a"], "dataset", "features", "train_examples")
-        return all(getattr(self, n) == getattr(source, n) for n in names)
+        return self.is_as(Config(network=self.network), names)
 
 
 def run(config: Config) -> dict[str, Any]:

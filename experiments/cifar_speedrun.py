@@ -115,8 +115,7 @@ class Config(compare.Config):
     @property
     def is_whole(self) -> bool:
         """Whether it is the source's network and training, at its size."""
-        source = Config()
-        return all(getattr(self, name) == getattr(source, name) for name in WHOLE)
+        return self.is_as(Config(), WHOLE)
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from bn_jax.errors import UserError
@@ -75,6 +76,10 @@ class Shared(Quick):
                 raise UserError(f"--{name}={value}: it must be from {low} to {high}")
         if self.target is not None and not 0 < self.target <= 1:
             raise UserError(f"--target={self.target}: an accuracy is in (0, 1]")
+
+    def is_as(self, other: Shared, names: Iterable[str]) -> bool:
+        """Whether these flags have the same values in both."""
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
 
 @dataclasses.dataclass(frozen=True)
