@@ -2,7 +2,7 @@
 
 `accumulate` normalises micro-batches by their own statistics, `accumulate_exactly` by those
 of the whole batch; `python -m benchmarks.accumulate` runs both beside the big batch on the
-MLP and the CNN of `bn_jax.models`, on random images, 4 and 16 micro-batches to a batch.
+MLP and the CNN of `bn_jax.lab.models`, on random images, 4 and 16 micro-batches to a batch.
 
 All run in one process, each once in every round; what counts is the median over the rounds,
 of times and of ratios within a round. `parts` are micro-batches; `MB` is temporary memory of
@@ -28,15 +28,15 @@ import numpy as np
 from benchmarks.memory import one_heap
 from benchmarks.where import describe_machine
 from bn_jax.errors import UserError
+from bn_jax.lab import flags
+from bn_jax.lab.flags import flag
+from bn_jax.lab.models import CNN, MLP
+from bn_jax.lab.report.markdown import table
+from bn_jax.lab.report.text import number, padded
+from bn_jax.lab.sweeps.timing import interleave, median_ratio
+from bn_jax.lab.training.metrics import cross_entropy
 from bn_jax.linen import BatchNorm
-from bn_jax.measure.timing import interleave, median_ratio
-from bn_jax.models import CNN, MLP
-from bn_jax.report.markdown import table
-from bn_jax.report.text import number, padded
 from bn_jax.surgery.accumulate import accumulate, accumulate_exactly
-from bn_jax.training.metrics import cross_entropy
-from experiments import flags
-from experiments.flags import flag
 
 CLASSES, BIG = 10, "big batch"
 # A ReLU's derivative is another one where rounding changes the sign of its argument.

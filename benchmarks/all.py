@@ -16,12 +16,11 @@ import time
 from pathlib import Path
 
 from bn_jax.errors import UserError
-from bn_jax.report import write_atomically
-from bn_jax.report.markdown import sections
-from experiments import flags
-from experiments.flags import flag
+from bn_jax.lab import flags
+from bn_jax.lab.flags import flag
+from bn_jax.lab.report import write_atomically
+from bn_jax.lab.report.markdown import sections
 
-FIGURE = "figures/scaling.png"
 # By the order of the page; with the arguments that are not their defaults.
 PROGRAMS: dict[str, tuple[str, ...]] = {
     "layer": (),
@@ -29,11 +28,8 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "mlp_steps": (),
     "sweep": (),
     "start": (),
-    "input": (),
     "fold": (),
     "accumulate": ("--rounds=3",),
-    "scaling": (f"--figure=docs/{FIGURE}",),
-    "collectives": (),
     "passes": (),
     "tricks": (),
     "gpu": (),
@@ -109,10 +105,8 @@ def section(name: str, output: str) -> str:
     """Below its heading."""
     source = Path(__file__).with_name(f"{name}.py").read_text()
     about = ast.get_docstring(ast.parse(source))
-    figures = [a.split("=docs/")[1] for a in PROGRAMS[name] if a.startswith("--figure=")]
-    shown = "".join(f"![{name}]({figure})\n" for figure in figures)
     line = " ".join(["python", *command(name)])
-    return f"{about}\n\n```\n{line}\n```\n{output.strip()}\n\n{shown}"
+    return f"{about}\n\n```\n{line}\n```\n{output.strip()}\n"
 
 
 if __name__ == "__main__":

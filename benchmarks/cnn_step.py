@@ -1,7 +1,7 @@
 """CIFAR-10's network A: a training step, and an epoch with its input, beside the peers.
 
 Batches of 256, Adam, float32. Every side is in a process of its own, as its users would have
-it: ours with what `bn_jax.training.xla` sets, the peers without. `step` is on one batch in
+it: ours with what `bn_jax.xla` sets, the peers without. `step` is on one batch in
 memory, in float32 already for torch and Keras, in bytes for bn_jax and Flax; `epoch` takes its
 images from bytes, shuffled, moved and mirrored (Keras' layers interpolate where the others move
 by whole pixels). All sides do one after the other in every round, and ratios are the medians of
@@ -18,17 +18,17 @@ import statistics
 from typing import Any
 
 from benchmarks.matrices import share
-from benchmarks.payload import describe
+from benchmarks.network import describe
 from benchmarks.peers.process import SIDES, check_sides, programs, sides
 from benchmarks.peers.task import Task
 from benchmarks.where import describe_machine
+from bn_jax.lab import flags
+from bn_jax.lab.flags import flag
+from bn_jax.lab.models import CifarA
+from bn_jax.lab.report.markdown import table
+from bn_jax.lab.report.text import padded, whole
+from bn_jax.lab.sweeps.timing import interleave, median_ratio
 from bn_jax.linen import BatchNorm
-from bn_jax.measure.timing import interleave, median_ratio
-from bn_jax.models import CifarA
-from bn_jax.report.markdown import table
-from bn_jax.report.text import padded, whole
-from experiments import flags
-from experiments.flags import flag
 
 OURS, IMAGES = "bn_jax", 50_000
 # What bn_jax's images/s are to be, in terms of a peer's.
@@ -64,7 +64,7 @@ def run(config: Config) -> dict[str, Any]:
     for process in processes.values():
         process.close()
     if OURS in found["step"]:
-        flop = task.batch * describe("A", CifarA(task.features, norm=BatchNorm), shape).flop
+        flop = task.batch * describe(CifarA(task.features, norm=BatchNorm), shape).flop
         print(share(flop, {OURS: statistics.median(found["step"][OURS])}, config.matrix))
     return found
 

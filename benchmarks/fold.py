@@ -1,6 +1,6 @@
 """What prediction costs with BatchNorm, with it folded, and without any.
 
-For the networks of `bn_jax.models`: one compiled program each, interleaved in one process;
+For the networks of `bn_jax.lab.models`: one compiled program each, interleaved in one process;
 medians over the rounds, of times and of ratios within a round. `/without` is the time over
 that of the network that was built without BatchNorm.
 """
@@ -14,13 +14,13 @@ import jax
 from benchmarks.memory import one_heap
 from benchmarks.where import describe_machine
 from bn_jax.errors import UserError
+from bn_jax.lab import flags
+from bn_jax.lab.flags import flag
+from bn_jax.lab.models import CNN, MLP
+from bn_jax.lab.report.markdown import table
+from bn_jax.lab.report.text import padded
 from bn_jax.linen import BatchNorm
-from bn_jax.models import CNN, MLP
-from bn_jax.report.markdown import table
-from bn_jax.report.text import padded
-from experiments import flags
-from experiments.flags import flag
-from experiments.prediction import Prediction, predict_folded
+from experiments.first_layer import Prediction, predict_folded
 
 MODELS = {
     "cnn": (CNN((32, 64, 128), 10, norm=BatchNorm), (32, 32, 3)),

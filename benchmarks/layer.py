@@ -29,11 +29,11 @@ from benchmarks.contestants import BOTH, BOTH_WITH_RELU, TASKS
 from benchmarks.memory import one_heap
 from benchmarks.where import describe_machine
 from bn_jax.errors import UserError
-from bn_jax.measure.timing import interleave, median_ratio
-from bn_jax.report import markdown
-from bn_jax.report.text import padded
-from experiments import flags
-from experiments.flags import flag
+from bn_jax.lab import flags
+from bn_jax.lab.flags import flag
+from bn_jax.lab.report import markdown
+from bn_jax.lab.report.text import padded
+from bn_jax.lab.sweeps.timing import interleave, median_ratio
 
 OURS, BASELINE = "bn_jax", "flax fast"
 DTYPES = ("float32", "bfloat16", "float16")

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bn_jax.measure.timing import interleave
+from bn_jax.lab.sweeps.timing import interleave
 
 
 def rate(size: int, rounds: int = 9) -> float:

@@ -17,18 +17,18 @@ import dataclasses
 import statistics
 
 from benchmarks.matrices import share
-from benchmarks.payload import describe
+from benchmarks.network import describe
 from benchmarks.peers import ours
 from benchmarks.peers.process import SIDES, Process, check_sides, programs, sides
 from benchmarks.peers.task import Task
 from benchmarks.where import describe_machine
+from bn_jax.lab import flags
+from bn_jax.lab.flags import flag
+from bn_jax.lab.models import MLP
+from bn_jax.lab.report.markdown import table
+from bn_jax.lab.report.text import padded
+from bn_jax.lab.sweeps.timing import interleave, median_ratio
 from bn_jax.linen import BatchNorm
-from bn_jax.measure.timing import interleave, median_ratio
-from bn_jax.models import MLP
-from bn_jax.report.markdown import table
-from bn_jax.report.text import padded
-from experiments import flags
-from experiments.flags import flag
 
 OURS, STEPS = "bn_jax", 50_000
 AIM_STEP, AIM_TOGETHER = 0.4, 3  # milliseconds; times one run
@@ -76,7 +76,7 @@ def run(config: Config) -> dict[str, list[float]]:
         f"times {OURS} by one of the two ways.\n"
     )
     network = MLP(task.features, 10, norm=BatchNorm, activation="sigmoid")
-    print(share(task.batch * describe("MLP", network, shape).flop, steps, config.matrix))
+    print(share(task.batch * describe(network, shape).flop, steps, config.matrix))
     return seconds
 
 

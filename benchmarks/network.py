@@ -1,193 +1,183 @@
 """What a training step sends over the network, and what that costs on 8 to 4,096 chips.
 
-Of a network with P parameters and BatchNorms of C features each, statistics shared by g of n
-chips, a step has these all-reduces, of float32 numbers:
+A network with P parameters and L BatchNorms of C features each, whose statistics g of n chips
+share, has these all-reduces of float32 numbers in a step:
 
     gradients        1        P                 over all n
-    BN, forward      2 each   C + 1, then C     over g
+    BN, forward      2 each   C + 2, then C     over g
     BN, backward     1 each   2 C               over g
-    running          0        n (2 C + 1) each  over all n, where g < n
+    running          with the gradients   n (2 C + 2) each   where g < n (`GhostBatchNorm`)
 
-The last are the running statistics of a `GhostBatchNorm`: every chip learns those of every
-group; XLA sends them with the gradients. The numbers are read off the networks themselves
-(FLOP: XLA's count of the step's program), and the time of a step is projected from published
-figures (`benchmarks.machines`) and `Assumptions`:
-
-    examples per chip x FLOP per example / (peak x utilisation) + all-reduces, one by one
-
-`python -m benchmarks.network` prints both as Markdown; nothing is measured.
+P, C and the FLOP (XLA's count of the step's program) are read off the networks. A step takes
+examples x FLOP / (peak x utilisation), then its all-reduces one by one, as published figures of
+the machines project them (docs/scaling.md). Nothing is measured.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+import functools
+import math
+from typing import NamedTuple
 
-from benchmarks.machines import MACHINES, TPU_V3_PEAK, Switched, Torus, sent
-from benchmarks.payload import Network, describe
-from bn_jax.errors import UserError
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from bn_jax.lab import flags
+from bn_jax.lab.flags import flag
+from bn_jax.lab.models import Inception, ResNet50
+from bn_jax.lab.report.markdown import table
+from bn_jax.lab.report.text import padded, whole
 from bn_jax.linen import BatchNorm
-from bn_jax.models import CifarA, Inception, ResNet50
-from bn_jax.report.markdown import table
-from bn_jax.report.text import padded, whole
-from experiments import flags
-from experiments.flags import flag
 
-MODELS = {
-    "ResNet-50": (ResNet50(norm=BatchNorm), (224, 224, 3)),
-    "BN-Inception": (Inception(norm=BatchNorm), (224, 224, 3)),
-    "CifarA": (CifarA(norm=BatchNorm), (32, 32, 3)),
-}
+FLOAT = 4  # bytes
+MODELS = {"ResNet-50": ResNet50(norm=BatchNorm), "BN-Inception": Inception(norm=BatchNorm)}
+# Goyal et al. 2017: 32 on each of 256 GPUs. You et al. 2017: no loss of accuracy up to 32,768.
+EXAMPLES, LARGEST_BATCH = 32, 32_768
+# Flax's pull request 42, of ResNets: "ideal [...] seems to be about 128".
+SHARING = 128
+# Ying et al. 2018: ResNet-50's images a second on 1,024 TPU v3 of 123 TFLOP/s.
+PUBLISHED, THEIR_PEAK = 1.05e6, 1024 * 1.23e14
 
 
-class Assumptions(NamedTuple):
-    """What is not read off a network or a machine.
+class Network(NamedTuple):
+    """Parameters, the features of each BatchNorm, FLOP of a training step per example."""
 
-    Attributes:
-      examples_per_chip: Goyal et al. 2017: 8,192 on 256 GPUs.
-      largest_batch: to here ResNet-50 trains without loss of accuracy (You et al. 2017,
-        "Large Batch Training of Convolutional Networks").
-      examples_per_statistic: "ideal [...] seems to be about 128", of ResNets:
-        https://github.com/google/flax/pull/42
-      images_per_second, chips: of ResNet-50 on TPU v3 (Ying et al. 2018, "Image
-        Classification at Supercomputer Scale"). That share of the peak, all-reduces
-        included, is taken for every network and machine.
-    """
+    parameters: int
+    features: tuple[int, ...]
+    flop: float
 
-    examples_per_chip: int = 32
-    largest_batch: int = 32_768
-    examples_per_statistic: int = 128
-    images_per_second: float = 1.05e6
-    chips: int = 1024
+    def norms(self) -> list[int]:
+        """Bytes of every all-reduce of the BatchNorms."""
+        return [FLOAT * count for c in self.features for count in (c + 2, c, 2 * c)]
 
-    def examples(self, chips: int) -> int:
-        """On each of so many chips."""
-        return max(1, min(self.examples_per_chip, self.largest_batch // chips))
-
-    def group(self, chips: int) -> int:
-        """How many of so many chips share: the most that have no more examples than enough."""
-        most = max(1, self.examples_per_statistic // self.examples(chips))
-        return max(g for g in range(1, min(most, chips) + 1) if chips % g == 0)
-
-    def utilisation(self, flop: float) -> float:
-        """The share of the peak, given the FLOP of ResNet-50 per example of a step."""
-        return self.images_per_second * flop / (self.chips * TPU_V3_PEAK)
+    def running(self, chips: int) -> int:
+        """Bytes by which every chip learns the running statistics of every group."""
+        return FLOAT * chips * sum(2 * c + 2 for c in self.features)
 
 
-class Step(NamedTuple):
-    """Seconds of a training step, by what takes them."""
+def describe(model: nn.Module, image: tuple[int, ...]) -> Network:
+    """The network of a model of images `[height, width, channels]`; nothing is computed."""
+    images = jax.ShapeDtypeStruct((2, *image), jnp.float32)
+    init = functools.partial(model.init, train=False)
+    variables = jax.eval_shape(init, jax.random.key(0), images)
 
-    compute: float
-    gradients: float
-    norms: float
-    running: float
+    def loss(params, variables, images):
+        rngs = {"dropout": jax.random.key(0)}
+        given = {**variables, "params": params}
+        return model.apply(given, images, train=True, mutable=True, rngs=rngs)[0].sum()
 
-
-def project(
-    network: Network, machine: Switched | Torus, chips: int, group: int, examples: int,
-    utilisation: float,
-) -> Step:  # fmt: skip
-    """A step on `chips`, each with so many examples, `group` of which share statistics."""
-    alone = machine.all_reduce(network.gradients(), chips)
-    running = network.running(chips) if group < chips else 0
-    return Step(
-        examples * network.flop / (machine.peak * utilisation),
-        alone,
-        sum(machine.all_reduce(payload, group) for payload in network.norms()),
-        machine.all_reduce(network.gradients() + running, chips) - alone,
+    lowered = jax.jit(jax.grad(loss)).lower(variables["params"], variables, images)
+    stats = traverse_util.flatten_dict(variables["batch_stats"])
+    return Network(
+        sum(v.size for v in jax.tree.leaves(variables["params"])),
+        tuple(v.size for path, v in stats.items() if path[-1] == "mean"),
+        lowered.cost_analysis()["flops"] / images.shape[0],
     )
+
+
+def h100(payload: float, chips: int) -> float:
+    """Seconds of an all-reduce over DGX H100 nodes of 8: the quickest of NCCL's three ways.
+
+    450 GB/s out of a chip within its node, 400 out of a node ("How to Scale Your Model", part
+    12); steps and their latencies: NCCL's tuner, src/graph/tuning.cc at b6475625.
+    """
+    nodes = math.ceil(chips / 8)
+    bandwidth = 450e9 if nodes == 1 else 400e9
+    far = 2 * nodes if nodes > 1 else 0
+    ring = (
+        8.4e-6
+        + (2 * (chips - 1) - far) * 3.4e-6
+        + far * 14e-6
+        + sent(payload, chips) / bandwidth
+    )
+    up, along = 2 * math.log2(nodes), 2 * (chips // nodes - 1)
+    tree = (up + along) * 28e-6 + 2 * payload / (0.92 * bandwidth)
+    small = 6.8e-6 + along * 0.6e-6 + up * 5e-6 + 2 * payload / 19e9
+    return min(ring, tree, small)
+
+
+def tpu_v4(payload: float, chips: int) -> float:
+    """Seconds over a block of a TPU v4: reduce-scatter and all-gather on all axes at once.
+
+    45 GB/s each way of a link, 1 us a hop (parts 2 and 3). From 4 x 4 x 4 on the axes are
+    closed to rings: half the hops, and both links of an axis at work.
+    """
+    power = chips.bit_length() - 1
+    sides = [2 ** ((power + i) // 3) for i in range(3)]
+    closed, axes = chips >= 64, sum(side > 1 for side in sides)
+    hops = sum(side // 2 if closed else side - 1 for side in sides)
+    return 2 * hops * 1e-6 + sent(payload, chips) / ((1 + closed) * axes * 45e9)
+
+
+# Peaks in bfloat16 FLOP/s: the book's part 12, and Google Cloud.
+MACHINES = {"DGX H100": (9.9e14, h100), "TPU v4": (2.75e14, tpu_v4)}
+
+
+def sent(payload: float, chips: int) -> float:
+    """Bytes that each chip sends in an all-reduce by a ring; no algorithm sends less."""
+    return 2 * (chips - 1) / chips * payload
+
+
+def project(network: Network, machine: str, chips: int, group: int, utilisation: float) -> list:
+    """Milliseconds of a step: computing, gradients, BatchNorms, running statistics."""
+    peak, all_reduce = MACHINES[machine]
+    gradients = all_reduce(FLOAT * network.parameters, chips)
+    running = network.running(chips) if group < chips else 0
+    seconds = (
+        examples(chips) * network.flop / (peak * utilisation),
+        gradients,
+        sum(all_reduce(payload, group) for payload in network.norms()) if group > 1 else 0.0,
+        all_reduce(FLOAT * network.parameters + running, chips) - gradients,
+    )
+    return [1e3 * s for s in seconds]
+
+
+def examples(chips: int) -> int:
+    """On each of so many chips."""
+    return max(1, min(EXAMPLES, LARGEST_BATCH // chips))
+
+
+def shared(chips: int) -> int:
+    """How many of so many chips share statistics, of `SHARING` examples at most."""
+    return min(chips, max(1, SHARING // examples(chips)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every flag of the benchmark; see `python -m benchmarks.network --help`."""
+    """See `python -m benchmarks.network --help`."""
 
-    models: tuple[str, ...] = flag(tuple(MODELS), f"of {', '.join(MODELS)}")
-    chips: tuple[int, ...] = flag((8, 256, 4096), "how many there are; powers of two")
-
-    def __post_init__(self):
-        for name in self.models:
-            if name not in MODELS:
-                raise UserError(f"--models: {name!r} is none of {', '.join(MODELS)}")
-        for chips in self.chips:
-            if chips < 2 or chips & (chips - 1):
-                raise UserError(f"--chips: {chips} is none of 2, 4, 8, ...")
+    image: int = flag(224, "height and width")
 
 
-def run(config: Config) -> list[dict[str, Any]]:
-    """Prints a table of what is sent, and one of times for each network; their rows."""
-    assumed = Assumptions()
-    known = {name: describe(name, *MODELS[name]) for name in {"ResNet-50", *config.models}}
-    utilisation = assumed.utilisation(known["ResNet-50"].flop)
-    networks = [known[name] for name in config.models]
-    print(what_is_sent(networks, config.chips[0]))
-    print(
-        f"Chips reach {100 * utilisation:.1f} % of their peak. Recommended (bold): as many "
-        f"chips share as have {assumed.examples_per_statistic} examples, or fewer."
-    )
-    rows = []
-    for network in networks:
-        new = projections(network, config.chips, utilisation, assumed)
-        print(f"\n{network.name}, milliseconds of a step:\n")
-        print(steps(new), end="")
-        rows += new
-    return rows
-
-
-def projections(
-    network: Network, chips: tuple[int, ...], utilisation: float, assumed: Assumptions
-) -> list[dict[str, Any]]:
-    """A row for each machine, number of chips, and number of these that share."""
-    rows = []
-    for machine in MACHINES:
-        for n in chips:
-            examples, best = assumed.examples(n), assumed.group(n)
-            for group in sorted({1, best, n}):
-                step = project(network, machine, n, group, examples, utilisation)
-                rows.append({
-                    "model": network.name, "machine": machine.name, "chips": n,
-                    "examples": examples, "group": group, "recommended": group == best,
-                    **step._asdict(),
-                })  # fmt: skip
-    return rows
-
-
-def what_is_sent(networks: list[Network], chips: int) -> str:
-    """A line for each network; last what one of so many chips sends if all share."""
-    header = [
-        "network", "parameters", "BN layers", "their features", "GFLOP/example", "all-reduces",
-        "gradients (MB)", "BN (kB)", "running (kB/chip)", f"1 of {chips} sends (MB)",
-    ]  # fmt: skip
+def run(config: Config) -> list[list[str]]:
+    """Prints what is sent, and a line of times for each case; these come back."""
+    found = {name: describe(m, (config.image, config.image, 3)) for name, m in MODELS.items()}
+    header = ["network", "parameters", "BN layers", "features", "GFLOP/example", "all-reduces",
+              "gradients (MB)", "BN (kB)", "running (kB/chip)"]  # fmt: skip
+    print(table(header, [
+        [name, whole(n.parameters), whole(len(n.features)), whole(sum(n.features)),
+         padded(n.flop / 1e9), whole(1 + len(n.norms())), padded(FLOAT * n.parameters / 1e6),
+         padded(sum(n.norms()) / 1e3), padded(n.running(1) / 1e3)]
+        for name, n in found.items()
+    ]))  # fmt: skip
+    utilisation = PUBLISHED * found["ResNet-50"].flop / THEIR_PEAK
+    print(f"Chips reach {utilisation:.1%} of their peak. Milliseconds of a step:\n")
     lines = []
-    for network in networks:
-        gradients, norms = network.gradients(), sum(network.norms())
-        lines.append([
-            network.name, whole(network.parameters), whole(len(network.features)),
-            whole(sum(network.features)), padded(network.flop / 1e9),
-            whole(1 + len(network.norms())), padded(gradients / 1e6), padded(norms / 1e3),
-            padded(network.running(1) / 1e3), padded(sent(gradients + norms, chips) / 1e6),
-        ])  # fmt: skip
-    return table(header, lines)
-
-
-def steps(rows: list[dict[str, Any]]) -> str:
-    """A line for each row, of one network; last the step over computing and gradients."""
-    header = [
-        "machine", "chips", "examples/chip", "chips that share", "examples/statistic",
-        "compute", "gradients", "BN", "running", "step", "to the first two",
-    ]  # fmt: skip
-    lines = []
-    for row in rows:
-        parts = [row[name] for name in Step._fields]
-        group = whole(row["group"])
-        lines.append([
-            row["machine"], whole(row["chips"]), whole(row["examples"]),
-            f"**{group}**" if row["recommended"] else group,
-            whole(row["group"] * row["examples"]),
-            *(padded(1e3 * seconds) for seconds in (*parts, sum(parts))),
-            f"{sum(parts) / (row['compute'] + row['gradients']):.2f}",
-        ])  # fmt: skip
-    return table(header, lines)
+    for name, network in found.items():
+        for machine in MACHINES:
+            for chips in (8, 256, 4096):
+                for group in sorted({1, shared(chips), chips}):
+                    parts = project(network, machine, chips, group, utilisation)
+                    marked = f"**{group}**" if group == shared(chips) else whole(group)
+                    of_plain = f"{sum(parts) / sum(parts[:2]):.2f}"
+                    lines.append([f"{name}, {machine}", whole(chips), marked,
+                                  *map(padded, (*parts, sum(parts))), of_plain])  # fmt: skip
+    print(table(["", "chips", "that share", "compute", "gradients", "BN", "running", "step",
+                 "to the first two"], lines), end="")  # fmt: skip
+    return lines
 
 
 if __name__ == "__main__":

@@ -45,10 +45,10 @@ from benchmarks.hlo import moved
 from benchmarks.layer import BASELINE, DTYPES, OURS, sizes
 from benchmarks.where import describe_machine
 from bn_jax.errors import UserError
+from bn_jax.lab import flags
+from bn_jax.lab.flags import flag
+from bn_jax.lab.report.markdown import table
 from bn_jax.linen import BatchNorm
-from bn_jax.report.markdown import table
-from experiments import flags
-from experiments.flags import flag
 
 # What XLA's compiler asks of a GPU, as it has it for the H200
 # (xla/backends/gpu/target_config/specs/h200.txtpb).
@@ -166,8 +166,8 @@ def row(layers: dict[str, Counted], x: jax.ShapeDtypeStruct) -> list[str]:
 
 # By task: the function that decides what is done for such devices, and what it says else.
 VARIANTS = {
-    BLOCKS: ("bn_jax.core.moments._raw_sums_first", False),
-    BOTH_WITH_RELU.name: ("bn_jax.core.batch_norm._one_mask", True),
+    BLOCKS: ("bn_jax.core.moments._raw_sums_first", ()),
+    BOTH_WITH_RELU.name: ("bn_jax.core.batch_norm._one_mask", ("cuda", "tpu")),
 }
 
 

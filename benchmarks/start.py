@@ -2,7 +2,7 @@
 
 Whole commands, from start to end, one after the other in every round; the median counts. The
 comparison trains one step of two arms on digits and writes everything that a comparison leaves;
-its compiled programs are kept in a folder that is empty at first (`bn_jax.training.xla`,
+its compiled programs are kept in a folder that is empty at first (`bn_jax.xla`,
 by default in the user's cache directory). What jax and flax take by themselves stands beside.
 """
 
@@ -20,10 +20,10 @@ import time
 from pathlib import Path
 
 from benchmarks.where import describe_machine
-from bn_jax.report.markdown import table
-from bn_jax.report.text import padded
-from experiments import flags
-from experiments.flags import flag
+from bn_jax.lab import flags
+from bn_jax.lab.flags import flag
+from bn_jax.lab.report.markdown import table
+from bn_jax.lab.report.text import padded
 
 COMPARE = (
     "-m", "experiments.compare", "--steps=1", "--eval_every=1", "--seeds=1",

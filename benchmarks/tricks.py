@@ -55,16 +55,17 @@ from benchmarks.peers.process import Process
 from benchmarks.peers.task import Task
 from benchmarks.where import describe_machine
 from bn_jax import batch_norm, moments, normalize
-from bn_jax.data.batches import permutation
-from bn_jax.measure import Budget, Point, engines
-from bn_jax.measure.timing import interleave, median_ratio
-from bn_jax.models import cifar, dense
-from bn_jax.models.pooling import max_pool
-from bn_jax.report.markdown import table
-from bn_jax.report.text import padded
-from bn_jax.training.xla import keep_memory, set_flags
-from experiments import arms, circles, flags
-from experiments.flags import flag
+from bn_jax.lab import arms, flags
+from bn_jax.lab.data.batches import permutation
+from bn_jax.lab.flags import flag
+from bn_jax.lab.models import cifar, dense
+from bn_jax.lab.models.pooling import max_pool
+from bn_jax.lab.report.markdown import table
+from bn_jax.lab.report.text import padded
+from bn_jax.lab.sweeps import Budget, Point, engines
+from bn_jax.lab.sweeps.timing import interleave, median_ratio
+from bn_jax.xla import keep_memory, set_flags
+from experiments import circles
 
 CALLS = 100  # of what takes too little to be timed by itself
 CNN = Task("cifar_a", (8, 16, 64, 32), (16, 16, 3), 128, 32, augment=False)
@@ -139,7 +140,7 @@ def of_layers(config: Config) -> Iterator[Trick]:
         )
 
     few = x[: config.small], dy[: config.small]
-    with mock.patch("bn_jax.core.moments._raw_sums_first", return_value=False):
+    with mock.patch("bn_jax.core.moments._raw_sums_first", return_value=()):
         shifted, shifted_few = forward(), both(closed, *few)
     yield Trick(
         "raw sums where means are near 0", "sums about a shift",
@@ -212,14 +213,8 @@ def of_sweeps(config: Config) -> Iterator[Trick]:
     )  # fmt: skip
 
     def trained(runs):
-        return ours.epochs(run, dataset, point, budget, runs, engines.Together)[1]
+        return ours.epochs(run, dataset, point, budget, runs, engines.VmappedSweep)[1]
 
-    with mock.patch.object(engines, "Ahead", lambda order, *_: order):
-        between = trained(config.runs)
-    yield Trick(
-        "shuffling beside the steps", "between them",
-        "the time of the sorts, which have one core", trained(config.runs), between,
-    )  # fmt: skip
     with mock.patch.object(engines, "without_library", dict):
         library = trained(config.runs)
     yield Trick(
@@ -266,7 +261,8 @@ def of_networks(config: Config) -> Iterator[Trick]:
     yield Trick(
         "convolutional steps from Python", "in a scan",
         "XLA takes convolutions in a loop to one core, and to a plain loop nest",
-        *(ours.trainer(CNN, make=make)[1] for make in (engines.InTurn, engines.Together)),
+        ours.trainer(CNN, make=engines.StepwiseSweep)[1],
+        ours.trainer(CNN, make=engines.VmappedSweep)[1],
     )  # fmt: skip
     n = config.batch
     task = Task("cifar_a", config.features, (32, 32, 3), n, n, augment=False)

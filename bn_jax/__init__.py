@@ -17,6 +17,8 @@ if TYPE_CHECKING:
         skip_nonfinite,
     )
 
+__version__ = "0.1.0"
+
 _MODULES = {
     "batch_norm": ("batch_norm", "normalize"),
     "domains": ("domain_batch_norm", "domain_normalize"),

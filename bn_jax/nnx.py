@@ -13,14 +13,23 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.module import first_from
 from flax.nnx.nn import dtypes
+from jax.typing import DTypeLike
 
-from bn_jax.core.arrays import check_features
+from bn_jax.core.arrays import as_axes, check_features
 from bn_jax.core.batch_norm import batch_norm
-from bn_jax.core.ghost import ghost_batch_norm
-from bn_jax.core.layer import check_call, counts_updates, forward, initial_stats
+from bn_jax.core.ghost import check_groups, ghost_batch_norm
+from bn_jax.core.layer import (
+    check_call,
+    check_settings,
+    counts_updates,
+    dtype_of_stats,
+    forward,
+    initial_stats,
+)
 from bn_jax.core.presets import preset
-from bn_jax.core.renorm import PAPER_D_MAX, PAPER_R_MAX, Bound, batch_renorm
+from bn_jax.core.renorm import PAPER_D_MAX, PAPER_R_MAX, Bound, batch_renorm, check_bounds
 from bn_jax.core.running import BatchStats, ema
+from bn_jax.core.sync import Groups
 
 Initializer = jax.nn.initializers.Initializer
 
@@ -32,8 +41,8 @@ class BatchNorm(nnx.Module):
     with dtype=bfloat16 statistics stay, and are used, in float32.
 
     Variables: `nnx.Param` scale, bias `[num_features]` of `param_dtype` (None without);
-    `nnx.BatchStat` mean, var `[num_features]` of float32, and count, the number of updates,
-    where the estimator or a schedule wants it.
+    `nnx.BatchStat` mean, var `[num_features]` of `stats_dtype`, and count, the number of
+    updates, where the estimator or a schedule wants it.
 
     Args:
       num_features: size of the feature axis; a tuple of sizes for several axes.
@@ -43,7 +52,8 @@ class BatchNorm(nnx.Module):
         stable one, and statistics are never in half precision.
       dtype: of the result; by default what input and parameters promote to (the statistics,
         which make Flax's float32, have no part in it).
-      stats_dtype: of the running mean: complex64 for complex input.
+      stats_dtype: of the running mean; by default float32, or float64, complex64 or
+        complex128 where `param_dtype` is. Complex input needs a complex one.
       rngs: for the initialisers; metadata for the variables.
       others: as in `bn_jax.linen.BatchNorm`.
     """
@@ -54,18 +64,18 @@ class BatchNorm(nnx.Module):
         *,
         use_running_average: bool | None = False,
         axis: int | Sequence[int] = -1,
-        momentum: float | Callable[[jax.Array], jax.Array] = 0.99,
+        momentum: float | Callable[[jax.Array], jax.Array] | None = 0.99,
         epsilon: float = 1e-5,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         use_bias: bool = True,
         use_scale: bool = True,
         bias_init: Initializer = jax.nn.initializers.zeros,
         scale_init: Initializer = jax.nn.initializers.ones,
         axis_name: str | None = None,
-        axis_index_groups: Any = None,
+        axis_index_groups: Groups = None,
         use_fast_variance: bool = True,
-        promote_dtype: Any = dtypes.promote_dtype,
+        promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
         rngs: nnx.Rngs,
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
@@ -74,11 +84,11 @@ class BatchNorm(nnx.Module):
         skip_nonfinite: bool = False,
         activation: Callable[[jax.Array], jax.Array] | None = None,
         allow_single: bool = False,
-        stats_dtype: Any = jnp.float32,
+        stats_dtype: DTypeLike | None = None,
     ):
         self.num_features = num_features
         self.use_running_average = use_running_average
-        self.axis = axis
+        self.axis = as_axes(axis)
         self.momentum = momentum
         self.epsilon = epsilon
         self.dtype = dtype
@@ -90,9 +100,13 @@ class BatchNorm(nnx.Module):
         self.skip_nonfinite = skip_nonfinite
         self.activation = activation
         self.allow_single = allow_single
+        check_settings(self)
 
         several = isinstance(num_features, Sequence)
         features = tuple(num_features) if several else (operator.index(num_features),)
+        if stats_dtype is None:
+            of_complex = jnp.issubdtype(param_dtype, jnp.complexfloating)
+            stats_dtype = dtype_of_stats(param_dtype, of_complex=of_complex)
         start = initial_stats(self, features, stats_dtype)
         self.mean, self.var = nnx.BatchStat(start.mean), nnx.BatchStat(start.var)
         self.count = nnx.data(None)
@@ -126,10 +140,9 @@ class BatchNorm(nnx.Module):
 
         use_running_average in the call precedes the attribute.
         """
-        use_running_average = first_from(
-            use_running_average, self.use_running_average,
-            error_msg="use_running_average is given neither to BatchNorm nor in its call",
-        )  # fmt: skip
+        error_msg = "use_running_average is given neither to BatchNorm nor in its call"
+        modes = use_running_average, self.use_running_average
+        use_running_average = first_from(*modes, error_msg=error_msg)
         x = jnp.asarray(x)
         variables = {"mean": self.mean, "var": self.var}
         if self.count is not None:
@@ -139,12 +152,10 @@ class BatchNorm(nnx.Module):
         )
         check_features(x, self.axis, mean=stats.mean, var=stats.var)
         check_call(self, scale=scale, bias=bias)
-        y, stats = forward(
-            self, self._function(stats), x, stats,
-            self.scale[...] if self.use_scale else scale,
-            self.bias[...] if self.use_bias else bias,
-            use_running_average=use_running_average, mask=mask,
-        )  # fmt: skip
+        scale = scale if self.scale is None else self.scale[...]
+        bias = bias if self.bias is None else self.bias[...]
+        arguments = self._function(stats), x, stats, scale, bias
+        y, stats = forward(self, *arguments, use_running_average=use_running_average, mask=mask)
         if update_stats and not use_running_average:
             for name, v in variables.items():
                 v.set_value(getattr(stats, name))
@@ -159,7 +170,7 @@ class BatchNorm(nnx.Module):
         if use_running_average is not None:
             self.use_running_average = use_running_average
 
-    def _function(self, stats: BatchStats):
+    def _function(self, stats: BatchStats) -> Callable[..., Any]:
         """What normalises a batch, given the running statistics before it."""
         return batch_norm
 
@@ -183,6 +194,7 @@ class GhostBatchNorm(BatchNorm):
         strided: bool = False,
         **fields: Any,
     ):
+        check_groups(group_size, strided)
         self.group_size, self.strided = group_size, strided
         super().__init__(num_features, **fields)
 
@@ -208,6 +220,7 @@ class BatchRenorm(BatchNorm):
         d_max: Bound = PAPER_D_MAX,
         **fields: Any,
     ):
+        check_bounds(r_max, d_max)
         self.r_max, self.d_max = r_max, d_max
         super().__init__(num_features, **fields)
 

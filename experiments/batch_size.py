@@ -15,14 +15,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from bn_jax.errors import UserError
-from experiments import compare, crossed, flags
-from experiments.arms import chosen_arms
-from experiments.conduct import conduct
-from experiments.config import listed
-from experiments.flags import flag
+from bn_jax.lab import flags
+from bn_jax.lab.config import Config as CompareConfig
+from bn_jax.lab.config import listed
+from bn_jax.lab.flags import flag
+
+if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
+    from bn_jax.core.renorm import ramp
+    from bn_jax.lab import crossed
+    from bn_jax.lab.arms import ALONE, Arm, chosen_arms, norm_arms
+    from bn_jax.lab.experiment import Record, Training, run_experiment
+    from bn_jax.lab.findings import Findings, Published
+    from bn_jax.lab.report.text import number, whole
+    from bn_jax.lab.sweeps import Point
+    from bn_jax.lab.watchers import Weights
+    from bn_jax.linen import BatchRenorm, GhostBatchNorm
+    from experiments import batch_size_figure as figure
 
 EXPERIMENT = "batch_size"
 QUESTION = "What do accuracy and speed do from batches of 1 to batches of 1,024?"
@@ -30,7 +42,6 @@ GHOST = 16
 # Of Ioffe 2017's 130,000 steps plain batch normalisation takes 5,000; r_max and d_max grow
 # until step 40,000 and 25,000.
 RENORM_STEPS, RENORM_START, RENORM_R, RENORM_D = 130_000, 5_000, 40_000, 25_000
-REFUSAL = "one element per feature"
 # Validation errors in per cent on ImageNet with batches of 32 and of 2 for each worker.
 WU_HE = {"bn": (23.6, 34.7), "group": (24.1, 24.1)}
 LARGE, SMALL = 32, 2
@@ -42,10 +53,10 @@ IOFFE, IOFFE_SIZE = {"bn": 74.2, "renorm": 76.5}, 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(compare.Config):
+class Config(CompareConfig):
     """Every flag of the experiment; see `python -m experiments.batch_size --help`."""
 
-    LISTS: ClassVar = (*compare.Config.LISTS, "batch_sizes")
+    LISTS: ClassVar = (*CompareConfig.LISTS, "batch_sizes")
     QUICK: ClassVar = {
         "batch_sizes": (1, 2, 4, 32, 512), "steps": 160, "eval_every": 80, "seeds": 3,
         "learning_rates": (0.03, 0.3, 1.0), "arms": ("none", "bn", "renorm", "group"),
@@ -101,21 +112,16 @@ class Cell(NamedTuple):
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, fills the workdir, prints the tables; the summary comes back."""
-    from experiments.watchers import Weights
-
     statistics = {c.name for c in cells(config) if has_statistics(c.norm)}
     weights = Weights(lambda arm, seed: arm in statistics)
-    return conduct(
-        config, arms(config), experiment=EXPERIMENT, question=QUESTION, refusal=REFUSAL,
+    return run_experiment(
+        config, arms(config), experiment=EXPERIMENT, question=QUESTION, refusal=ALONE,
         watch=weights, conclude=lambda training: conclude(training, weights.kept),
     )  # fmt: skip
 
 
-def norms(steps: int) -> dict[str, compare.Arm]:
-    """The norms of `experiments.compare`, ghost batches, renormalisation over these steps."""
-    from bn_jax.core.renorm import ramp
-    from bn_jax.linen import BatchRenorm, GhostBatchNorm
-
+def norms(steps: int) -> dict[str, Arm]:
+    """The norms of a comparison, ghost batches, renormalisation over these steps."""
     start, r_max, d_max = (
         step * steps / RENORM_STEPS for step in (RENORM_START, RENORM_R, RENORM_D)
     )
@@ -123,7 +129,10 @@ def norms(steps: int) -> dict[str, compare.Arm]:
         BatchRenorm, r_max=ramp(1.0, 3.0, start, r_max), d_max=ramp(0.0, 5.0, start, d_max)
     )
     ghost = functools.partial(GhostBatchNorm, group_size=GHOST)
-    return compare.norm_arms() | {"ghost": compare.Arm(ghost), "renorm": compare.Arm(renorm)}
+    return norm_arms() | {
+        "ghost": Arm(ghost),
+        "renorm": Arm(renorm),
+    }
 
 
 def has_statistics(norm: str) -> bool:
@@ -133,7 +142,7 @@ def has_statistics(norm: str) -> bool:
 
 def cells(config: Config) -> list[Cell]:
     """All combinations, but for ghost batches that are the batch."""
-    chosen = chosen_arms(config, norms(1))
+    chosen = chosen_arms(config.arms, norms(1))
     return [
         Cell(norm, size)
         for norm in chosen
@@ -142,7 +151,7 @@ def cells(config: Config) -> list[Cell]:
     ]
 
 
-def arms(config: Config) -> dict[str, compare.Arm]:
+def arms(config: Config) -> dict[str, Arm]:
     """Every combination, by its name; with as many examples, and evaluations, as any.
 
     The steps of a schedule are as many examples too.
@@ -160,10 +169,8 @@ def arms(config: Config) -> dict[str, compare.Arm]:
     return {cell.name: arm(cell) for cell in cells(config)}
 
 
-def conclude(training: compare.Training, weights: dict) -> compare.Extra:
+def conclude(training: Training[Config], weights: dict) -> Findings:
     """Accuracy and speed of every combination, and the claims."""
-    from bn_jax.report import batch_size as report
-
     best = crossed.best_runs(training.records)
     found = {cell: best.get(cell.name) for cell in cells(training.config)}
     combinations = [combination(training, weights, *item) for item in found.items()]
@@ -172,25 +179,23 @@ def conclude(training: compare.Training, weights: dict) -> compare.Extra:
         "examples": training.config.steps * training.config.batch_size,
         "combinations": combinations,
         "tables": [table(combinations)],
-        "published": list(rows(accuracies)),
     }
-    figures = (
-        ("accuracy.png", report.ACCURACY, report.accuracy_against_batch(combinations)),
-        ("speed.png", report.SPEED, report.speed_against_batch(combinations)),
-        ("statistics.png", report.STATISTICS, report.two_evaluations(combinations)),
-    )
-    has = any(c["batch_statistics"] for c in combinations)
-    return compare.Extra(summary, figures if has else figures[:2])
+    figures = [
+        ("accuracy.png", figure.ACCURACY, figure.accuracy_against_batch(combinations)),
+        ("speed.png", figure.SPEED, figure.speed_against_batch(combinations)),
+    ]
+    if any(c["batch_statistics"] for c in combinations):
+        drawn = figure.two_evaluations(combinations)
+        figures.append(("statistics.png", figure.STATISTICS, drawn))
+    return Findings(summary, [*rows(accuracies)], figures)
 
 
 def combination(
-    training: compare.Training, weights: dict, cell: Cell, runs: list[dict] | None
+    training: Training[Config], weights: dict, cell: Cell, runs: list[Record] | None
 ) -> dict[str, Any]:
     """One as `summary.json` has it; `runs` are those of its best point, None if refused."""
     if runs is None:
         return {**cell._asdict(), "refused": True, "batch_statistics": None}
-    from bn_jax.measure import Point
-
     keys = [(cell.name, Point.of(r), r["seed"]) for r in runs]
     in_batches = None
     if has_statistics(cell.norm):
@@ -212,20 +217,16 @@ def combination(
 
 def table(combinations: list[dict]) -> dict[str, Any]:
     """A row for every combination."""
-    from bn_jax.report.text import estimate, number, percent, whole
-
-    def text(value):
-        return estimate(value, percent, open_end="-", missing="-")
 
     def cells(c):
         if c["refused"]:
             return ["refused", "", "", "", ""]
         momentum = "" if c["momentum"] is None else number(c["momentum"])
-        measured = text(c["test_accuracy"]), text(c["batch_statistics"])
         return [
             number(c["learning_rate"]),
             momentum,
-            *measured,
+            crossed.percent_cell(c["test_accuracy"]),
+            crossed.percent_cell(c["batch_statistics"]),
             whole(c["examples_per_second"]),
         ]
 
@@ -239,32 +240,32 @@ def table(combinations: list[dict]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def rows(accuracies: dict[Cell, list[float]]) -> Any:
+def rows(accuracies: dict[Cell, list[float]]) -> Iterator[Published]:
     """The claims, where the batch sizes are among those tried; differences seed by seed.
 
     Of BatchNorm the error rises if the interval is above 0, of group normalisation it is flat
     if the median is at most `FLAT`; renormalisation is better if its interval is above 0.
     """
     for norm, (large, small) in WU_HE.items():
-        pair = [accuracies.get(Cell(norm, size)) for size in (LARGE, SMALL)]
-        if all(pair):
-            rise = crossed.difference(*pair)
-            yield {
-                "quantity": f"{norm}: error with batches of {SMALL} less that of {LARGE}",
-                "here": crossed.points_text(rise),
-                "source": f"{small - large:+.1f} (Wu & He 2018, table 2)",
-                "agrees": rise["ci95"][0] > 0 if norm == "bn" else rise["median"] <= FLAT,
-            }
-    pair = [accuracies.get(Cell(norm, IOFFE_SIZE)) for norm in ("renorm", "bn")]
-    if all(pair):
-        gain = crossed.difference(*pair)
-        yield {
-            "quantity": f"accuracy of renorm less that of bn, batches of {IOFFE_SIZE}",
-            "here": crossed.points_text(gain),
-            "source": f"{IOFFE['renorm'] - IOFFE['bn']:+.1f} (Ioffe 2017, section 4)",
-            "agrees": gain["ci95"][0] > 0,
-        }
+        large_cell, small_cell = Cell(norm, LARGE), Cell(norm, SMALL)
+        if large_cell in accuracies and small_cell in accuracies:
+            rise = crossed.difference(accuracies[large_cell], accuracies[small_cell])
+            yield Published(
+                quantity=f"{norm}: error with batches of {SMALL} less that of {LARGE}",
+                here=crossed.points_text(rise),
+                source=f"{small - large:+.1f} (Wu & He 2018, table 2)",
+                agrees=rise["ci95"][0] > 0 if norm == "bn" else rise["median"] <= FLAT,
+            )
+    renorm, plain = Cell("renorm", IOFFE_SIZE), Cell("bn", IOFFE_SIZE)
+    if renorm in accuracies and plain in accuracies:
+        gain = crossed.difference(accuracies[renorm], accuracies[plain])
+        yield Published(
+            quantity=f"accuracy of renorm less that of bn, batches of {IOFFE_SIZE}",
+            here=crossed.points_text(gain),
+            source=f"{IOFFE['renorm'] - IOFFE['bn']:+.1f} (Ioffe 2017, section 4)",
+            agrees=gain["ci95"][0] > 0,
+        )
 
 
 if __name__ == "__main__":
-    flags.main(Config, run)
+    flags.main(Config, "experiments.batch_size")

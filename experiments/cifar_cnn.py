@@ -17,11 +17,25 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from bn_jax.errors import UserError
-from experiments import compare, flags
-from experiments.flags import flag
+from bn_jax.lab import flags
+from bn_jax.lab.config import Config as CompareConfig
+from bn_jax.lab.flags import flag
+
+if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
+    import numpy as np
+    from matplotlib.ticker import MaxNLocator
+
+    from bn_jax.lab import comparison
+    from bn_jax.lab.arms import Arm, norm_arms
+    from bn_jax.lab.experiment import Record, Training, parameter_counts
+    from bn_jax.lab.findings import Findings, Published
+    from bn_jax.lab.report.plotting import Style, add_legend, arm_styles, new_figure, tidy
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 EXPERIMENT = "cifar_cnn"
 QUESTION = "What does BatchNorm do for two convolutional networks on CIFAR-10?"
@@ -46,10 +60,16 @@ PUBLISHED_COUNTS = (1_404_970, 1_920)
 PUBLISHED = {("b", "none"): (0.77, 0.79), ("b", "bn"): (0.87, 0.87)}
 POINTS = 0.02  # so near to the published accuracy it agrees
 SAME_TIME = (0.8, 1.25)  # ratios that are "about the same"
+CAPTION = (
+    "Loss and accuracy by epoch and by training time, of every run at its arm's best point. "
+    "Solid: on the validation set, after the epoch. Dashed: in training, the mean over the "
+    "batches of the epoch, with its dropout and augmentation. A run that stopped early ends "
+    "where it stopped."
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(compare.Config):
+class Config(CompareConfig):
     """Every flag of the experiment; see `python -m experiments.cifar_cnn --help`."""
 
     QUICK: ClassVar = {
@@ -58,26 +78,26 @@ class Config(compare.Config):
     }  # fmt: skip
 
     network: str = flag("a", "a (BatchNorm after the activation) or b (before)")
-    dataset: str | None = flag(None, "by default cifar10, and digits with --quick")
-    model: str | None = flag(None, "by default cifar_a or cifar_b")
+    dataset: str = flag(None, "by default cifar10, and digits with --quick")
+    model: str = flag(None, "by default cifar_a or cifar_b")
     places: tuple[str, ...] | None = flag(None, "by default after in a, before in b")
     activation: str = flag("relu", "relu, sigmoid, tanh, elu or gelu")
-    optimizer: str | None = flag(None, "by default adam for a, rmsprop for b")
-    learning_rates: tuple[float, ...] | None = flag(
+    optimizer: str = flag(None, "by default adam for a, rmsprop for b")
+    learning_rates: tuple[float, ...] = flag(
         None, "by default .001 for a, .0001 for b; BatchNorm in b has ten times those"
     )
-    schedule: str | None = flag(None, "by default constant for a, inverse for b")
+    schedule: str = flag(None, "by default constant for a, inverse for b")
     decay_steps: int | None = flag(1, "as in experiments.compare")
     decay_rate: float = flag(1e-6, "as in experiments.compare")
-    momentums: tuple[float, ...] | None = flag(
+    momentums: tuple[float, ...] = flag(
         None, "momenta of the running statistics to try; by default .99, with --quick .9"
     )
-    batch_size: int | None = flag(None, "by default 256 for a, 32 for b and with --quick")
+    batch_size: int = flag(None, "by default 256 for a, 32 for b and with --quick")
     epochs: int | None = flag(None, "by default 300 for a, 50 for b, 20 with --quick")
     patience: int | None = flag(
         None, "epochs without a better validation accuracy to stop after; by default 5 for a"
     )
-    augment: tuple[str, ...] | None = flag(None, "by default none for a, shift,flip for b")
+    augment: tuple[str, ...] = flag(None, "by default none for a, shift,flip for b")
     scaling: str = flag("unit", "as in experiments.compare")
     validation_fraction: float = flag(0.1, "as in experiments.compare")
     seeds: int = flag(1, "how many seeds at each point of the grid")
@@ -103,82 +123,82 @@ class Config(compare.Config):
 
 def run(config: Config) -> dict[str, Any]:
     """Compares, fills the workdir, prints the tables; the summary comes back."""
-    return compare.run(
-        config, experiment=EXPERIMENT, question=QUESTION, known=arms(config), extra=extra
+    return comparison.run(
+        config, experiment=EXPERIMENT, question=QUESTION, known=arms(config), further=conclude
     )
 
 
-def arms(config: Config) -> dict[str, compare.Arm]:
-    """The norms of `experiments.compare`; with BatchNorm network b is trained otherwise."""
-    known = compare.norm_arms()
+def arms(config: Config) -> dict[str, Arm]:
+    """The norms of a comparison; with BatchNorm network b is trained otherwise."""
+    known = norm_arms()
     if config.network == "b":
         rates = tuple(float(f"{10 * rate:.9g}") for rate in config.learning_rates)
         known["bn"] = known["bn"]._replace(changes={"dropout": 0.0, "learning_rates": rates})
     return known
 
 
-def extra(training: compare.Training) -> compare.Extra:
+def conclude(training: Training[Config]) -> Findings:
     """The published numbers beside ours, and curves over the epochs."""
-    from bn_jax.report.epochs import CAPTION, epoch_curves
-
-    curves = epoch_curves(training.records, training.summary, training.config.eval_every)
     published = [row for rows in (counts, accuracies, times) for row in rows(training)]
-    return compare.Extra({"published": published}, (("epochs.png", CAPTION, curves),))
+    return Findings(
+        published=published, figures=[("epochs.png", CAPTION, epoch_curves(training))]
+    )
 
 
-def counts(training: compare.Training) -> Iterator[dict]:
+def counts(training: Training[Config]) -> Iterator[Published]:
     """Parameters and running statistics of every arm."""
     config, dataset = training.config, training.dataset
     same = config.features is None and dataset.train.inputs.shape[1:] == (32, 32, 3)
     for name, one in training.runs.items():
-        found = compare.parameter_counts(one, dataset)
+        found = parameter_counts(one, dataset)
         source = PUBLISHED_COUNTS if (config.network, name) == ("a", "bn") else None
-        yield {
-            "quantity": f"{name}: parameters + running statistics",
-            "here": _sum(found),
-            "source": source and _sum(source),
-            "agrees": found == source if source and same else None,
-        }
+        yield Published(
+            quantity=f"{name}: parameters + running statistics",
+            here=_sum(found),
+            source=source and _sum(source),
+            agrees=found == source if source and same else None,
+        )
 
 
-def accuracies(training: compare.Training) -> Iterator[dict]:
+def accuracies(training: Training[Config]) -> Iterator[Published]:
     """Best accuracy of every arm on the test set, and its epochs."""
     config = training.config
     for arm in training.summary["arms"]:
         name, best = arm["arm"], arm["max_accuracy"]["median"]
         source = PUBLISHED.get((config.network, name))
-        yield {
-            "quantity": f"{name}: best test accuracy",
-            "here": f"{best:.1%}" + ("" if config.is_whole else _size(training)),
-            "source": source and " to ".join(f"{v:.0%}" for v in dict.fromkeys(source)),
-            "agrees": _near(best, source) if source and config.is_whole else None,
-        }
+        yield Published(
+            quantity=f"{name}: best test accuracy",
+            here=f"{best:.1%}" + ("" if config.is_whole else _size(training)),
+            source=source and " to ".join(f"{v:.0%}" for v in dict.fromkeys(source)),
+            agrees=_near(best, source) if source and config.is_whole else None,
+        )
         last, restored = _epochs(training, arm)
-        yield {
-            "quantity": f"{name}: epochs, and the best of them",
-            "here": f"{last:g}, {restored:g}",
-            "source": "50" if source else None,
-        }
+        yield Published(
+            quantity=f"{name}: epochs, and the best of them",
+            here=f"{last:g}, {restored:g}",
+            source="50" if source else None,
+            claim=False,
+        )
 
 
-def times(training: compare.Training) -> Iterator[dict]:
+def times(training: Training[Config]) -> Iterator[Published]:
     """Training time of an epoch; published is that BatchNorm in b takes about as long."""
     low, high = SAME_TIME
     seconds = {
         arm["arm"]: training.config.eval_every
-        * statistics.median(r["seconds"]["per_step"] for r in _own(training, arm))
+        * statistics.median(r["seconds"]["per_step"] for r in training.at(arm))
         for arm in training.summary["arms"]
     }
     base = seconds[training.config.arms[0]]
     for name, value in seconds.items():
         source = training.config.network == "b" and name == "bn"
         same = source and training.config.features is None
-        yield {
-            "quantity": f"{name}: seconds per epoch, and in terms of the first arm's",
-            "here": f"{value:.3g}, {value / base:.2f}",
-            "source": "about the same" if source else None,
-            "agrees": low <= value / base <= high if same else None,
-        }
+        yield Published(
+            quantity=f"{name}: seconds per epoch, and in terms of the first arm's",
+            here=f"{value:.3g}, {value / base:.2f}",
+            source="about the same" if source else None,
+            agrees=low <= value / base <= high if same else None,
+        )
 
 
 def _sum(found):
@@ -195,16 +215,9 @@ def _near(best, source):
     return low - POINTS <= best <= high + POINTS
 
 
-def _own(training, arm):
-    """The arm's records at its best point."""
-    from bn_jax.report.points import same_point
-
-    return [r for r in training.records if same_point(r, arm)]
-
-
 def _epochs(training, arm):
     """Medians over the runs: the last epoch, and the one of the best validation accuracy."""
-    runs = _own(training, arm)
+    runs = training.at(arm)
     lasts = [r["steps"][-1] if r["stopped_at"] is None else r["stopped_at"] for r in runs]
     bests = [_best_step(r) for r in runs]
     per_epoch = training.config.eval_every
@@ -216,5 +229,52 @@ def _best_step(record):
     return record["steps"][accuracies.index(max(accuracies))]
 
 
+def epoch_curves(training: Training[Config]) -> Figure:
+    """Two rows, loss and accuracy, of two panels, by epoch and by seconds."""
+    figure = new_figure(height=5.4)
+    panels = figure.subplots(2, 2, sharex="col", sharey="row")
+    styles, per_epoch = arm_styles(training.runs), training.config.eval_every
+    for arm in training.summary["arms"]:
+        name = arm["arm"]
+        for i, run in enumerate(training.at(arm)):
+            _draw_run(panels, run, per_epoch, styles[name], name if i == 0 else None)
+    for row, label in zip(panels, ("cross-entropy (nats)", "accuracy (%)"), strict=True):
+        for ax in row:
+            tidy(ax)
+        row[0].set_ylabel(label)
+    for ax, label in zip(panels[1], ("epochs", "training time (s)"), strict=True):
+        ax.set_xlabel(label)
+        ax.set_xlim(left=0)
+    panels[1, 0].xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    add_legend(figure, panels[0, 0])
+    return figure
+
+
+def _draw_run(
+    panels: np.ndarray, run: Record, steps_per_epoch: int, style: Style, name: str | None
+) -> None:
+    """One run in all four panels; in the legend if it has a name."""
+    end = run["steps"][-1] if run["stopped_at"] is None else run["stopped_at"]
+    steps = np.array([s for s in run["steps"] if 0 < s <= end], float)
+    shown = slice(1, 1 + len(steps))
+    axes_x = (steps / steps_per_epoch, steps * run["seconds"]["per_step"])
+    for row, metric, factor in zip(panels, ("loss", "accuracy"), (1, 100), strict=True):
+        for ax, x in zip(row, axes_x, strict=True):
+            for split in ("validation", "train"):
+                y = factor * np.array(run[f"{split}_{metric}"][shown], float)
+                _draw(ax, x, y, style, split, name)
+
+
+def _draw(
+    ax: Axes, x: np.ndarray, y: np.ndarray, style: Style, split: str, name: str | None
+) -> None:
+    """A line with few markers; None in the records is NaN here, and leaves a gap."""
+    look = style.line() | {"linestyle": "-", "markevery": max(len(x) // 8, 1)}
+    if split == "train":
+        look |= {"linestyle": (0, (3, 2)), "marker": "", "linewidth": 1.0}
+    label = None if name is None else f"{name}, {'training' if split == 'train' else split}"
+    ax.plot(x, y, label=label, **look)
+
+
 if __name__ == "__main__":
-    flags.main(Config, run)
+    flags.main(Config, "experiments.cifar_cnn")

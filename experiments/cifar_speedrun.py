@@ -21,15 +21,28 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import statistics
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from bn_jax.errors import UserError
-from experiments import compare, crossed, flags
-from experiments.arms import chosen_arms
-from experiments.conduct import conduct
-from experiments.flags import flag
+from bn_jax.lab import flags
+from bn_jax.lab.config import Config as CompareConfig
+from bn_jax.lab.flags import flag
+
+if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
+    from bn_jax.lab import crossed
+    from bn_jax.lab.arms import Arm, chosen_arms
+    from bn_jax.lab.experiment import Record, Training, run_experiment
+    from bn_jax.lab.findings import Findings, Published
+    from bn_jax.lab.report.comparison import Comparison
+    from bn_jax.lab.report.figures import learning_curves
+    from bn_jax.lab.statistics import summarize
+    from bn_jax.lab.statistics.convergence import mean_interval
+    from bn_jax.linen import BatchNorm, GhostBatchNorm
+    from experiments import cifar_speedrun_figure as figure
+    from experiments import cifar_speedrun_recipe as recipe
 
 EXPERIMENT = "cifar_speedrun"
 QUESTION = "What does BatchNorm do for a network that learns CIFAR-10 in seconds?"
@@ -59,9 +72,10 @@ WHOLE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(compare.Config):
+class Config(CompareConfig):
     """Every flag of the experiment; see `python -m experiments.cifar_speedrun --help`."""
 
+    RANGES: ClassVar = CompareConfig.RANGES | {"translate": (0, math.inf)}
     # Digits are a thirtieth of CIFAR-10: the same epochs move the weights by so much less.
     QUICK: ClassVar = {
         "dataset": "digits", "features": (16, 32), "learning_rates": (30.0,),
@@ -107,8 +121,6 @@ class Config(compare.Config):
             if getattr(self, name) not in known:
                 listed = ", ".join(map(str, known))
                 raise UserError(f"--{name}={getattr(self, name)}: choose from {listed}")
-        if self.translate < 0:
-            raise UserError(f"--translate={self.translate}: it must be at least 0")
         if self.bias_rate <= 0:
             raise UserError(f"--bias_rate={self.bias_rate}: it must be positive")
 
@@ -120,18 +132,14 @@ class Config(compare.Config):
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, fills the workdir, prints the tables; the summary comes back."""
-    from experiments import airbench
-
-    return conduct(
-        config, chosen_arms(config, arms(config)), experiment=EXPERIMENT, question=QUESTION,
-        conclude=conclude, load=airbench.load, build=airbench.build,
+    return run_experiment(
+        config, chosen_arms(config.arms, arms(config)), experiment=EXPERIMENT,
+        question=QUESTION, conclude=conclude, load=recipe.load, build=recipe.build,
     )  # fmt: skip
 
 
-def arms(config: Config) -> dict[str, compare.Arm]:
+def arms(config: Config) -> dict[str, Arm]:
     """The recipe, and one change in it each."""
-    from bn_jax.linen import BatchNorm, GhostBatchNorm
-
     fields = {"epsilon": EPSILON, "use_scale": False, "unbiased": True}
     norm = functools.partial(BatchNorm, **fields)
     ghosts = {n: functools.partial(GhostBatchNorm, group_size=n, **fields) for n in GHOST_SIZES}
@@ -139,43 +147,36 @@ def arms(config: Config) -> dict[str, compare.Arm]:
         f"{factor * rate:.9g}" for rate in config.learning_rates for factor in RATES_WITHOUT
     }
     return {
-        "bn": compare.Arm(norm),
-        "momentum_0.9": compare.Arm(norm, {"momentums": (0.9,)}),
-        "momentum_0.99": compare.Arm(norm, {"momentums": (0.99,)}),
-        "scale": compare.Arm(functools.partial(norm, use_scale=True)),
-        "bias_rate_1": compare.Arm(norm, {"bias_rate": 1.0}),
-        **{f"ghost_{n}": compare.Arm(ghost) for n, ghost in ghosts.items()},
-        "none": compare.Arm(None, {"learning_rates": tuple(sorted(map(float, rates)))}),
+        "bn": Arm(norm),
+        "momentum_0.9": Arm(norm, {"momentums": (0.9,)}),
+        "momentum_0.99": Arm(norm, {"momentums": (0.99,)}),
+        "scale": Arm(functools.partial(norm, use_scale=True)),
+        "bias_rate_1": Arm(norm, {"bias_rate": 1.0}),
+        **{f"ghost_{n}": Arm(ghost) for n, ghost in ghosts.items()},
+        "none": Arm(None, {"learning_rates": tuple(sorted(map(float, rates)))}),
     }
 
 
-def conclude(training: compare.Training) -> compare.Extra:
+def conclude(training: Training[Config]) -> Findings:
     """Accuracy, epochs and seconds of every arm at its best point, beside the source's."""
-    from bn_jax.measure import summarize
-    from bn_jax.report import learning_curves, speedrun
-
     config, records = training.config, training.records
     whole = summarize(records, baseline=records[0]["arm"], target=config.target)
     summary = {key: whole[key] for key in ("budget_steps", "target", "by_point")}
     summary["arms"] = [measured(training, arm) for arm in whole["arms"]]
-    figures = (
-        ("accuracy.png", speedrun.CAPTION, speedrun.accuracies(summary)),
-        ("learning_curves.png", speedrun.CURVES, learning_curves(records, summary)),
-    )
-    tables = [speedrun.table(summary)]
-    published = list(rows(config, summary["arms"]))
-    return compare.Extra(summary | {"tables": tables, "published": published}, figures)
+    summary["tables"] = [figure.table(summary)]
+    curves = learning_curves(records, Comparison.of(summary))
+    figures = [
+        ("accuracy.png", figure.CAPTION, figure.accuracies(summary)),
+        ("learning_curves.png", figure.CURVES, curves),
+    ]
+    return Findings(summary, [*rows(config, summary["arms"])], figures)
 
 
-def measured(training: compare.Training, arm: dict[str, Any]) -> dict[str, Any]:
-    """The arm of `bn_jax.measure.summarize` with every run's accuracy, their mean, epochs."""
-    from bn_jax.report.points import same_point
-    from experiments import airbench
-
-    config = training.config
-    runs = [r for r in training.records if same_point(r, arm)]
+def measured(training: Training[Config], arm: dict[str, Any]) -> dict[str, Any]:
+    """The arm of the summary with every run's accuracy, their mean, epochs."""
+    config, runs = training.config, training.at(arm)
     accuracies = [crossed.final(r) for r in runs]
-    epoch = airbench.per_epoch(config, training.dataset)
+    epoch = recipe.per_epoch(config, training.dataset)
     needed = arm["steps_to_target"]
     return arm | {
         "accuracies": accuracies,
@@ -189,7 +190,7 @@ def measured(training: compare.Training, arm: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run_seconds(record: dict[str, Any]) -> float:
+def run_seconds(record: Record) -> float:
     """Of training and of one evaluation, the last as it were."""
     seconds = record["seconds"]
     return seconds["training"] + seconds["evaluation"] / len(record["steps"])
@@ -197,8 +198,6 @@ def run_seconds(record: dict[str, Any]) -> float:
 
 def mean(values: list[float]) -> dict[str, Any]:
     """Their `mean` and its `ci95`."""
-    from bn_jax.measure.convergence import mean_interval
-
     return {"mean": statistics.fmean(values), "ci95": mean_interval(values)}
 
 
@@ -207,7 +206,7 @@ def divided(steps: float | None, epoch: int) -> float | None:
     return None if steps is None else steps / epoch
 
 
-def rows(config: Config, found: list[dict]) -> Iterator[dict]:
+def rows(config: Config, found: list[dict]) -> Iterator[Published]:
     """The recipe beside the source: mean accuracy, epochs, seconds (of another machine).
 
     These are of training and the last evaluation.
@@ -216,23 +215,25 @@ def rows(config: Config, found: list[dict]) -> Iterator[dict]:
         if arm["arm"] != "bn":
             continue
         value, seconds = arm["mean_accuracy"]["mean"], arm["run_seconds"]["median"]
-        yield {
-            "quantity": f"bn: test accuracy, mean of {arm['seeds']} runs",
-            "here": f"{value:.2%}" + ("" if config.is_whole else f" ({config.dataset})"),
-            "source": f"{PUBLISHED:.2%} (1,000 runs)",
-            "agrees": abs(value - PUBLISHED) <= POINTS if config.is_whole else None,
-        }
-        yield {
-            "quantity": "bn: epochs of a run",
-            "here": f"{arm['epochs']:.1f}",
-            "source": f"{PUBLISHED_EPOCHS}",
-        }
-        yield {
-            "quantity": "bn: seconds of a run, its last evaluation among them",
-            "here": f"{seconds:.3g}",
-            "source": f"{PUBLISHED_SECONDS} (A100)",
-        }
+        yield Published(
+            quantity=f"bn: test accuracy, mean of {arm['seeds']} runs",
+            here=f"{value:.2%}" + ("" if config.is_whole else f" ({config.dataset})"),
+            source=f"{PUBLISHED:.2%} (1,000 runs)",
+            agrees=abs(value - PUBLISHED) <= POINTS if config.is_whole else None,
+        )
+        yield Published(
+            quantity="bn: epochs of a run",
+            here=f"{arm['epochs']:.1f}",
+            source=f"{PUBLISHED_EPOCHS}",
+            claim=False,
+        )
+        yield Published(
+            quantity="bn: seconds of a run, its last evaluation among them",
+            here=f"{seconds:.3g}",
+            source=f"{PUBLISHED_SECONDS} (A100)",
+            claim=False,
+        )
 
 
 if __name__ == "__main__":
-    flags.main(Config, run)
+    flags.main(Config, "experiments.cifar_speedrun")

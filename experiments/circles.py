@@ -14,11 +14,30 @@ import dataclasses
 import functools
 import statistics
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from bn_jax.report.text import in_line
-from experiments import compare, flags
-from experiments.flags import flag
+from bn_jax.lab import flags
+from bn_jax.lab.config import Config as CompareConfig
+from bn_jax.lab.flags import flag
+
+if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from bn_jax.lab import comparison
+    from bn_jax.lab.arms import Arm, norm_arms
+    from bn_jax.lab.data import Split
+    from bn_jax.lab.experiment import Training
+    from bn_jax.lab.findings import Findings, Published
+    from bn_jax.lab.report.plotting import SMALL, add_legend, new_figure
+    from bn_jax.lab.report.text import in_line
+    from bn_jax.lab.sweeps import Point
+    from bn_jax.lab.watchers import Weights
+    from bn_jax.linen import BatchNorm
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 EXPERIMENT = "circles"
 QUESTION = "Does BatchNorm help on two circles, before or after the activation?"
@@ -27,9 +46,6 @@ STEPS_PER_EPOCH = 500 // 32  # of the source
 ACCURACIES = {"none": (0.838, 0.846), "bn": (0.846, 0.848), "bn_before": (0.826, 0.830)}
 # Epochs until 80 % of the test set are right.
 EPOCHS = {"none": "30 to 40", "bn": "within 20", "bn_before": "no fewer than none"}
-INITIAL_WEIGHTS = {
-    "quantity": "distribution of initial weights", "here": "normal", "source": "uniform",
-}  # fmt: skip
 WITHIN = 0.02  # the standard deviation of an accuracy of .84 over 500 points is .016
 # Flags that make a run another one than the source's.
 WHOLE = (
@@ -38,9 +54,17 @@ WHOLE = (
     "steps", "target",
 )  # fmt: skip
 
+CAPTION = (
+    "The data, and decision regions of one run of every arm. First panel: the points to train "
+    "on are filled, those to test on hollow. Others: the colour is the probability of class "
+    "1; the line is where it is one half; the points are those to test on."
+)
+# A marker each, as colours alone do not tell them apart for everybody.
+CLASSES = (("#0072B2", "o"), ("#D55E00", "^"))
+
 
 @dataclasses.dataclass(frozen=True)
-class Config(compare.Config):
+class Config(CompareConfig):
     """Every flag of the experiment; see `python -m experiments.circles --help`."""
 
     QUICK: ClassVar = {"seeds": 10}
@@ -72,37 +96,33 @@ class Config(compare.Config):
 
 def run(config: Config) -> dict[str, Any]:
     """Compares, fills the workdir, prints the tables; the summary comes back."""
-    from experiments.watchers import Weights
-
     weights = Weights(lambda arm, seed: seed == config.seed)
-    return compare.run(
+    return comparison.run(
         config, experiment=EXPERIMENT, question=QUESTION, known=arms(), watch=weights,
-        extra=lambda training: extra(training, weights.kept),
+        further=lambda training: conclude(training, weights.kept),
     )  # fmt: skip
 
 
-def arms() -> dict[str, compare.Arm]:
-    """The six networks, and the other norms of `experiments.compare`."""
-    from bn_jax.linen import BatchNorm
-
+def arms() -> dict[str, Arm]:
+    """The six networks, and the other norms of a comparison."""
     plain = functools.partial(BatchNorm, use_scale=False, use_bias=False)
-    return compare.norm_arms() | {
-        "bn_before": compare.Arm(BatchNorm, {"places": ("before",)}),
-        "bn_no_affine": compare.Arm(plain, {"places": ("after",)}),
-        "bn_momentum_0": compare.Arm(BatchNorm, {"places": ("after",), "momentums": (0.0,)}),
-        "bn_input": compare.Arm(BatchNorm, {"places": ("input",)}),
+    return norm_arms() | {
+        "bn_before": Arm(BatchNorm, {"places": ("before",)}),
+        "bn_no_affine": Arm(plain, {"places": ("after",)}),
+        "bn_momentum_0": Arm(BatchNorm, {"places": ("after",), "momentums": (0.0,)}),
+        "bn_input": Arm(BatchNorm, {"places": ("input",)}),
     }
 
 
-def extra(training: compare.Training, weights: dict) -> compare.Extra:
+def conclude(training: Training[Config], weights: dict) -> Findings:
     """The published numbers beside ours, the data, and decision regions of the first seed."""
     dataset, figures = training.dataset, ()
     if dataset.train.inputs.shape[1:] == (2,) and dataset.num_classes == 2:
         figures = (regions(training, weights),)
-    return compare.Extra({"published": list(rows(training))}, figures)
+    return Findings(published=[*rows(training)], figures=figures)
 
 
-def rows(training: compare.Training) -> Iterator[dict[str, Any]]:
+def rows(training: Training[Config]) -> Iterator[Published]:
     """Final accuracy and epochs to the target, of every arm; what is set otherwise here.
 
     Judged is a run of the source's setting.
@@ -120,19 +140,19 @@ def rows(training: compare.Training) -> Iterator[dict[str, Any]]:
             statistics.median(r[f"{split}_accuracy"][-1] or 0.0 for r in own)
             for split in ("validation", "test")
         ]
-        yield {
-            "quantity": f"{name}: accuracy, training / test",
-            "here": _pair(final),
-            "source": published and _pair(published),
-            "agrees": _near(final, published) if judged and published else None,
-        }
-        yield {
-            "quantity": f"{name}: epochs to {summary['target']['value']:.0%}",
-            "here": _epochs(medians[name], arm),
-            "source": EPOCHS.get(name),
-            "agrees": _as_published(name, medians) if judged else None,
-        }
-    yield INITIAL_WEIGHTS
+        yield Published(
+            f"{name}: accuracy, training / test",
+            _pair(final),
+            published and _pair(published),
+            _near(final, published) if judged and published else None,
+        )
+        yield Published(
+            f"{name}: epochs to {summary['target']['value']:.0%}",
+            _epochs(medians[name], arm),
+            EPOCHS.get(name),
+            _as_published(name, medians) if judged else None,
+        )
+    yield Published("distribution of initial weights", "normal", "uniform", claim=False)
 
 
 def _near(found, published):
@@ -169,37 +189,81 @@ def _epochs(numbers, arm):
     return in_line({"median": median, "ci95": ends}, "{:.0f}".format, arm["seeds"])
 
 
-def regions(training: compare.Training, weights: dict) -> tuple[str, str, Any]:
+def regions(training: Training[Config], weights: dict) -> tuple[str, str, Figure]:
     """The data, and over the plane the probability of class 1.
 
     By the first seed at each arm's best point.
     """
-    import jax
-    import numpy as np
-
-    from bn_jax.measure import Point
-    from bn_jax.report.regions import CAPTION, decision_regions
-    from bn_jax.training.run import Swept
-
     side = np.linspace(-1.6, 1.6, 160, dtype=np.float32)
     plane = np.stack(np.meshgrid(side, side), -1).reshape(-1, 2)
-    maps = {}
-    dataset = training.dataset
+    maps, dataset = {}, training.dataset
     for arm in training.summary["arms"]:
         name, point = arm["arm"], Point.of(arm)
-        model = training.runs[name].model(Swept(*point))
+        model = training.model(name, point)
+        predict = jax.jit(functools.partial(model.apply, train=False))
         variables = weights[name, point, training.config.seed]
-        logits = jax.jit(lambda v, x, m=model: m.apply(v, x, train=False))(
-            variables, dataset.scaled(plane)
-        )
-        probability = np.asarray(jax.nn.sigmoid(logits[:, 0]))
-        maps[name] = probability.reshape(side.size, side.size)
-    points = (
-        (np.asarray(split.inputs), np.asarray(split.labels))
-        for split in (dataset.train, dataset.test)
-    )
-    return "decision_regions.png", CAPTION, decision_regions(maps, side, *points)
+        logits = predict(variables, dataset.scaled(jnp.asarray(plane)))
+        maps[name] = np.asarray(jax.nn.sigmoid(logits[:, 0])).reshape(side.size, side.size)
+    figure = decision_regions(maps, side, dataset.train, dataset.test)
+    return "decision_regions.png", CAPTION, figure
+
+
+def decision_regions(
+    maps: dict[str, np.ndarray], side: np.ndarray, train: Split, test: Split
+) -> Figure:
+    """A panel of the data, and one for each arm.
+
+    Args:
+      maps: by arm the probability of class 1, `[n, n]`, rows along the second coordinate.
+      side: the n coordinates of both axes.
+      train, test: points `[m, 2]` and their labels, 0 or 1 `[m]`.
+    """
+    columns = min(3, len(maps))
+    rows = -(-len(maps) // columns)
+    # The data, of which there is more to see, in a panel as high as all of the others.
+    wide = 1.2 * rows - 0.2
+    figure = new_figure(width=1.55 * (wide + columns) + 0.2, height=1.75 * rows + 0.5)
+    # Axes of equal aspect end up a little lower than the layout knows.
+    figure.set_layout_engine("constrained", rect=(0, 0.02, 1, 0.98))
+    places = figure.add_gridspec(rows, 1 + columns, width_ratios=[wide, *[1] * columns])
+    data = figure.add_subplot(places[:, 0])
+    _data(data, train, test)
+    data.set(xlim=(side[0], side[-1]), ylim=(side[0], side[-1]))
+    data.locator_params(nbins=4)
+    for i, (name, probability) in enumerate(maps.items()):
+        row, column = divmod(i, columns)
+        ax = figure.add_subplot(places[row, 1 + column], sharex=data, sharey=data)
+        ax.contourf(side, side, probability, np.linspace(0, 1, 21), cmap="RdBu_r", alpha=0.6)
+        ax.contour(side, side, probability, [0.5], colors="black", linewidths=1)
+        for own, (color, _) in zip(_by_class(test), CLASSES, strict=True):
+            ax.plot(*own.T, ".", color=color, markersize=1.6)
+        ax.set_title(name, fontsize=SMALL + 1)
+        below = i + columns < len(maps)
+        ax.tick_params(labelleft=column == 0, labelbottom=not below)
+    for ax in figure.axes:
+        ax.set_aspect("equal")
+        ax.tick_params(labelsize=SMALL)
+    add_legend(figure, data)
+    return figure
+
+
+def _data(ax: Axes, train: Split, test: Split) -> None:
+    ax.set_title("the data", fontsize=SMALL + 1)
+    for use, points, fill in (("to train on", train, "full"), ("to test on", test, "none")):
+        for i, (own, (color, marker)) in enumerate(
+            zip(_by_class(points), CLASSES, strict=True)
+        ):
+            look: dict[str, Any] = {"color": color, "marker": marker, "fillstyle": fill}
+            look["linestyle"] = ""
+            ax.plot(*own.T, **look, markersize=2.4, markeredgewidth=0.5)
+            # In the legend larger, to be told apart.
+            ax.plot([], [], **look, markersize=4.5, label=f"class {i}, {len(own)} {use}")
+
+
+def _by_class(points: Split) -> list[np.ndarray]:
+    where, labels = map(np.asarray, points)
+    return [where[labels == i] for i in range(len(CLASSES))]
 
 
 if __name__ == "__main__":
-    flags.main(Config, run)
+    flags.main(Config, "experiments.circles")

@@ -1,7 +1,7 @@
 """Which BatchNorm gives the right answer where another does not?
 
 Asks bn_jax and every peer that is installed (Flax linen and nnx, Haiku, Equinox, torch,
-Keras) the cases of `experiments.defects`, holds each answer to the true value, and writes
+Keras) the cases of the folder `defects`, holds each answer to the true value, and writes
 the table to the terminal, to `report.html` and to `correctness.md`.
 """
 
@@ -9,11 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bn_jax.errors import UserError
-from experiments import flags, workdir
-from experiments.flags import flag
+from bn_jax.lab import flags
+from bn_jax.lab.flags import flag
+
+if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
+    from bn_jax.lab import report, workdir
+    from bn_jax.lab.experiment import Record
+    from bn_jax.lab.progress import Progress
+    from bn_jax.lab.report.page import render, write_json
+    from bn_jax.lab.report.terminal import print_table
+    from experiments import correctness_page as pages
+    from experiments import defects
+    from experiments.defects import FRAMEWORKS, Case
 
 EXPERIMENT = "correctness"
 QUESTION = "Which BatchNorm is right where another is not?"
@@ -31,55 +41,56 @@ class Config:
         None, "folder for the results; by default runs/correctness/<time>"
     )
     overwrite: bool = flag(False, "delete the run that is in the workdir")
+    resume: bool = flag(True, "go on with the run in the workdir, if its flags are the same")
 
     def __post_init__(self):
-        if self.markdown and not Path(self.markdown).parent.is_dir():
+        flags.check_values(self)
+        if self.markdown and not Path(self.markdown).expanduser().parent.is_dir():
             raise UserError(f"--markdown={self.markdown}: there is no such folder")
+        if self.markdown and Path(self.markdown).expanduser().is_dir():
+            raise UserError(f"--markdown={self.markdown} is a folder: name a file in it")
 
 
 def run(config: Config) -> dict[str, Any]:
     """Measures, fills the workdir, prints the table; what `summary.json` holds comes back."""
-    import json
+    with workdir.entered(config, EXPERIMENT) as (folder, _):
+        if (finished := workdir.finished(folder)) is not None:
+            return finished
+        settings = workdir.write_config(
+            folder, config, EXPERIMENT, versions=workdir.versions(PACKAGES)
+        )
+        summary = summarize(ask(folder / "records.jsonl"))
+        write(config, summary, settings, folder)
+        return summary
 
-    import jax
-    from rich.console import Console
 
-    from bn_jax import report
-    from bn_jax.report import correctness as pages
-
-    folder = workdir.create(config.workdir, EXPERIMENT, config.overwrite)
-    devices = [f"{d.platform}: {d.device_kind}" for d in jax.devices()]
-    settings = workdir.write_config(
-        folder, config, EXPERIMENT, devices, versions=workdir.versions(PACKAGES)
-    )
-    summary = summarize(ask(folder / "records.jsonl"))
-    text = json.dumps(summary, indent=2, allow_nan=False)
-    report.write_atomically(folder / "summary.json", text + "\n")
+def write(config: Config, summary: dict, settings: dict, folder: Path) -> None:
+    """Leaves the summary and the pages, and prints the table."""
+    write_json(folder / "summary.json", summary)
     markdown = pages.markdown_page(summary, settings, QUESTION)
-    for path in (folder / "correctness.md", config.markdown):
-        if path is not None:
-            report.write_atomically(path, markdown)
-    report.write_atomically(
-        folder / "report.html", pages.html_page(summary, settings, QUESTION)
-    )
-    Console(highlight=False).print(report.terminal_table(*pages.table(summary)))
+    report.write_atomically(folder / "correctness.md", markdown)
+    if config.markdown:
+        report.write_atomically(Path(config.markdown).expanduser(), markdown)
+    page = render(pages.html_page(summary, settings, QUESTION))
+    report.write_atomically(folder / "report.html", page)
+    print_table(pages.table(summary))
     print(folder / "report.html")
-    return summary
 
 
-def ask(path: Path) -> list[dict]:
-    """Every framework's answers; each is in the file at `path` as soon as it is there."""
-    from bn_jax import report
-    from experiments.defects import FRAMEWORKS, answer, defects
-    from experiments.progress import Progress
+def ask(path: Path) -> list[Record]:
+    """Every framework's answers; each is in the file at `path` as soon as it is there.
 
-    cases = [case for defect in defects() for case in defect.cases]
-    records = []
+    Those that an earlier start left there stay.
+    """
+    cases = [case for defect in defects.defects() for case in defect.cases]
+    records = report.read_records(path) if path.exists() else []
+    known = {(r["case"], r["framework"]) for r in records}
     with Progress(len(cases) * len(FRAMEWORKS)) as progress, report.open_records(path) as file:
         for framework in FRAMEWORKS:
             progress.describe(framework)
             for case in cases:
-                given = answer(case, framework)
+                new = (case.number, framework) not in known
+                given = defects.answer(case, framework) if new else None
                 if given is not None:
                     about = {"case": case.number, "framework": framework}
                     records.append(about | given._asdict())
@@ -88,10 +99,8 @@ def ask(path: Path) -> list[dict]:
     return records
 
 
-def summarize(records: list[dict]) -> dict[str, Any]:
+def summarize(records: list[Record]) -> dict[str, Any]:
     """The cases with everybody's answers, and how many of them each framework gets right."""
-    from experiments.defects import FRAMEWORKS, defects, installed
-
     answers = {}
     for record in records:
         kept = {key: record[key] for key in ("value", "right", "detail")}
@@ -102,7 +111,10 @@ def summarize(records: list[dict]) -> dict[str, Any]:
     return {
         "experiment": EXPERIMENT,
         "frameworks": [
-            {"name": name, "installed": installed(name), "right": sum(v), "cases": len(v)}
+            {
+                "name": name, "installed": defects.installed(name), "right": sum(v),
+                "cases": len(v),
+            }
             for name, v in given.items()
         ],
         "defects": [
@@ -110,21 +122,19 @@ def summarize(records: list[dict]) -> dict[str, Any]:
                 "number": defect.number, "title": defect.title, "note": defect.note,
                 "cases": [_described(c, answers.get(c.number, {})) for c in defect.cases],
             }
-            for defect in defects()
+            for defect in defects.defects()
         ],
     }  # fmt: skip
 
 
-def _described(case, answers):
-    from experiments.defects import by_default
-
+def _described(case: Case, answers: dict[str, dict]) -> dict[str, Any]:
     names = ("number", "title", "measured", "true", "tolerance", "or_refused", "ours")
     described = {name: getattr(case, name) for name in names}
-    default = by_default(case)
+    default = defects.by_default(case)
     return described | {
         "by_default": default and default._asdict(), "answers": answers
     }  # fmt: skip
 
 
 if __name__ == "__main__":
-    flags.main(Config, run)
+    flags.main(Config, "experiments.correctness")

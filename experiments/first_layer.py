@@ -13,13 +13,28 @@ arm at its own best rate.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from experiments import compare, flags
-from experiments.flags import flag
-from experiments.prediction import Prediction, predict_folded
+from bn_jax.lab import flags
+from bn_jax.lab.config import Config as CompareConfig
+from bn_jax.lab.flags import flag
+
+if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
+    import jax
+    from flax import linen as nn
+
+    from bn_jax.lab import comparison
+    from bn_jax.lab.arms import Arm, norm_arms
+    from bn_jax.lab.experiment import Training
+    from bn_jax.lab.findings import Findings, Published
+    from bn_jax.lab.sweeps import Point
+    from bn_jax.lab.sweeps.timing import interleave, median_ratio
+    from bn_jax.lab.watchers import Weights
+    from bn_jax.linen import BatchNorm
+    from bn_jax.surgery import fold
 
 EXPERIMENT = "first_layer"
 QUESTION = "Does BatchNorm as the first layer stand in for standardised input?"
@@ -29,7 +44,7 @@ NOTHING_EXTRA = 1.1  # a folded network that takes at most so many times as long
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(compare.Config):
+class Config(CompareConfig):
     """Every flag of the experiment; see `python -m experiments.first_layer --help`."""
 
     QUICK: ClassVar = {
@@ -38,7 +53,7 @@ class Config(compare.Config):
         "raw_learning_rates": (0.003, 0.01), "momentums": (0.9,),
     }  # fmt: skip
 
-    dataset: str | None = flag(None, "by default mnist, and digits with --quick")
+    dataset: str = flag(None, "by default mnist, and digits with --quick")
     features: tuple[int, ...] | None = flag((300, 100), "widths of the hidden layers")
     activation: str = flag("relu", "of the arms that do not name one")
     arms: tuple[str, ...] = flag(
@@ -63,6 +78,9 @@ class Config(compare.Config):
     scaling: str = flag("raw", "of the input of all arms but standard")
     max_runs_at_once: int | None = flag(1, "runs trained together: alone, time is its own")
 
+    LISTS: ClassVar = (*CompareConfig.LISTS, "raw_learning_rates")
+    POSITIVE: ClassVar = (*CompareConfig.POSITIVE, "raw_learning_rates")
+
     def __post_init__(self):
         if self.dataset is None:
             object.__setattr__(self, "dataset", "digits" if self.quick else "mnist")
@@ -71,38 +89,34 @@ class Config(compare.Config):
 
 def run(config: Config) -> dict[str, Any]:
     """Compares, fills the workdir, prints the tables; the summary comes back."""
-    from experiments.watchers import Weights
-
     weights = Weights(lambda arm, seed: seed == config.seed)
-    return compare.run(
+    return comparison.run(
         config, experiment=EXPERIMENT, question=QUESTION, known=arms(config), watch=weights,
-        extra=lambda training: extra(training, weights.kept),
+        further=lambda training: conclude(training, weights.kept),
     )  # fmt: skip
 
 
-def arms(config: Config) -> dict[str, compare.Arm]:
-    """The eight networks, and the other norms of `experiments.compare`."""
-    from bn_jax.linen import BatchNorm
-
+def arms(config: Config) -> dict[str, Arm]:
+    """The eight networks, and the other norms of a comparison."""
     four = {
-        "standard": compare.Arm(None, {"scaling": "standard"}),
-        "none": compare.Arm(None, {"learning_rates": config.raw_learning_rates}),
-        "bn_before": compare.Arm(BatchNorm, {"places": ("input", "before")}),
-        "bn_after": compare.Arm(BatchNorm, {"places": ("input", "after")}),
+        "standard": Arm(None, {"scaling": "standard"}),
+        "none": Arm(None, {"learning_rates": config.raw_learning_rates}),
+        "bn_before": Arm(BatchNorm, {"places": ("input", "before")}),
+        "bn_after": Arm(BatchNorm, {"places": ("input", "after")}),
     }
     elu = {
         f"{name}_elu": arm._replace(changes={**arm.changes, "activation": "elu"})
         for name, arm in four.items()
     }
-    return compare.norm_arms() | four | elu
+    return norm_arms() | four | elu
 
 
-def extra(training: compare.Training, weights: dict) -> compare.Extra:
+def conclude(training: Training[Config], weights: dict) -> Findings:
     """Time of an epoch in every arm, and of prediction with the best BatchNorm folded."""
-    rows, best = list(times(training)), best_normed(training.summary)
+    published, best = [*times(training)], best_normed(training.summary)
     if best:
-        rows += predictions(training, best["arm"], folded(training, weights, best))
-    return compare.Extra({"published": rows})
+        published += predictions(training, best["arm"], folded(training, weights, best))
+    return Findings(published=published)
 
 
 def best_normed(summary: dict) -> dict | None:
@@ -111,7 +125,7 @@ def best_normed(summary: dict) -> dict | None:
     return max(normed, key=lambda arm: arm["max_accuracy"]["median"], default=None)
 
 
-def times(training: compare.Training) -> Iterator[dict]:
+def times(training: Training[Config]) -> Iterator[Published]:
     """Seconds of an epoch; with BatchNorm it should cost more than without, on raw input."""
     steps = training.dataset.train.labels.size / training.config.batch_size
     seconds = {
@@ -124,56 +138,103 @@ def times(training: compare.Training) -> Iterator[dict]:
     for name, value in seconds.items():
         without = seconds.get("none_elu" if name.endswith("_elu") else "none")
         normed = name.startswith("bn_") and without is not None
-        yield {
-            "quantity": f"{name}: seconds per epoch",
-            "here": f"{value:.3g}" + (f", {value / without:.2f} times none" if normed else ""),
-            "source": "more than none" if normed else None,
-            "agrees": value > without if normed and is_whole(training) else None,
-        }
+        yield Published(
+            quantity=f"{name}: seconds per epoch",
+            here=f"{value:.3g}" + (f", {value / without:.2f} times none" if normed else ""),
+            source="more than none" if normed else None,
+            agrees=value > without if normed and is_whole(training) else None,
+        )
 
 
-def is_whole(training: compare.Training) -> bool:
+def is_whole(training: Training[Config]) -> bool:
     """Whether it is the source's network on images of the source's size."""
     shape = training.dataset.train.inputs.shape[1:]
     return training.config.features == (300, 100) and shape == (28, 28, 1)
 
 
-def folded(training: compare.Training, weights: dict, arm: dict) -> list[Prediction]:
+def folded(training: Training[Config], weights: dict, arm: dict) -> list[Prediction]:
     """Predictions with the arm's network of the first seed, at every size of batch."""
-    from bn_jax.measure import Point
-    from bn_jax.training.run import Swept
-
-    one, point = training.runs[arm["arm"]], Point.of(arm)
-    variables = weights[arm["arm"], point, training.config.seed]
-    inputs = training.dataset.test.inputs
-    return [
-        predict_folded(one.model(Swept(*point)), variables, one.scaled(inputs[:size]))
-        for size in BATCHES
-    ]
+    name, point = arm["arm"], Point.of(arm)
+    model, variables = training.model(name, point), weights[name, point, training.config.seed]
+    inputs = training.runs[name].scaled(training.dataset.test.inputs[: max(BATCHES)])
+    return [predict_folded(model, variables, inputs[:size]) for size in BATCHES]
 
 
 def predictions(
-    training: compare.Training, name: str, found: list[Prediction]
-) -> Iterator[dict]:
+    training: Training[Config], name: str, found: list[Prediction]
+) -> Iterator[Published]:
     """Of the folded network: published is that it costs nothing extra."""
     for p in found:
-        yield {
-            "quantity": f"{name}: prediction of {p.batch}, folded, ms",
-            "here": f"{p.milliseconds:.3g}, {p.to_unfolded:.2f} times unfolded",
-            "source": None,
-        }
-        yield {
-            "quantity": f"{name}: prediction of {p.batch} in terms of none, folded (unfolded)",
-            "here": f"{p.to_without:.2f} ({p.unfolded_to_without:.2f})",
-            "source": "folded nothing extra",
-            "agrees": p.to_without <= NOTHING_EXTRA if is_whole(training) else None,
-        }
-    yield {
-        "quantity": f"{name}: largest difference of folded outputs / largest output",
-        "here": f"{max(p.difference for p in found):.1e}",
-        "source": None,
+        yield Published(
+            quantity=f"{name}: prediction of {p.batch}, folded, ms",
+            here=f"{p.milliseconds:.3g}, {p.to_unfolded:.2f} times unfolded",
+            claim=False,
+        )
+        yield Published(
+            quantity=f"{name}: prediction of {p.batch} in terms of none, folded (unfolded)",
+            here=f"{p.to_without:.2f} ({p.unfolded_to_without:.2f})",
+            source="folded nothing extra",
+            agrees=p.to_without <= NOTHING_EXTRA if is_whole(training) else None,
+        )
+    yield Published(
+        quantity=f"{name}: largest difference of folded outputs / largest output",
+        here=f"{max(p.difference for p in found):.1e}",
+        claim=False,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """A prediction of `batch` examples.
+
+    Attributes:
+      batch: how many examples.
+      milliseconds, unfolded_milliseconds, without_milliseconds: of the folded network, of that
+        with BatchNorm, and of the one built without: medians over the rounds.
+      to_unfolded, to_without: of the folded network's time over the others': medians over
+        rounds in which each predicts once.
+      unfolded_to_without: the time with BatchNorm over that without.
+      difference: the largest one between outputs with BatchNorm and folded, in terms of the
+        largest output.
+    """
+
+    batch: int
+    milliseconds: float
+    unfolded_milliseconds: float
+    without_milliseconds: float
+    to_unfolded: float
+    to_without: float
+    unfolded_to_without: float
+    difference: float
+
+
+def predict_folded(
+    model: nn.Module, variables: dict[str, Any], x: jax.Array, rounds: int = 300
+) -> Prediction:
+    """Folds a model of `bn_jax.lab.models`, and times it beside itself on the examples x."""
+    folded, without = fold(model, variables, x, train=False), model.clone(norm=None)
+    networks = {
+        "unfolded": (model, variables),
+        "folded": (folded.model, folded.variables),
+        "without": (without, without.init(jax.random.key(0), x, train=False)),
     }
+    contestants = {
+        name: functools.partial(jax.jit(functools.partial(m.apply, train=False)), v, x)
+        for name, (m, v) in networks.items()
+    }
+    seconds = interleave(contestants, rounds)
+    milliseconds = {name: 1e3 * statistics.median(v) for name, v in seconds.items()}
+    return Prediction(
+        batch=len(x),
+        milliseconds=milliseconds["folded"],
+        unfolded_milliseconds=milliseconds["unfolded"],
+        without_milliseconds=milliseconds["without"],
+        to_unfolded=median_ratio(seconds, "folded", "unfolded"),
+        to_without=median_ratio(seconds, "folded", "without"),
+        unfolded_to_without=median_ratio(seconds, "unfolded", "without"),
+        difference=folded.difference,
+    )
 
 
 if __name__ == "__main__":
-    flags.main(Config, run)
+    flags.main(Config, "experiments.first_layer")

@@ -15,98 +15,261 @@ A set that nothing is chosen on is both: what records call validation is the tes
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
+import math
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from experiments import flags, workdir
-from experiments.conduct import seconds, start_jax
-from experiments.imagenet_config import Config
+from bn_jax.errors import UserError
+from bn_jax.lab import flags
+from bn_jax.lab.config import Shared
+from bn_jax.lab.flags import SMALLEST, flag
+
+if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
+    import jax
+
+    from bn_jax.lab import report, sizes, statistics, workdir
+    from bn_jax.lab.arms import chosen_arms, norm_arms
+    from bn_jax.lab.data.stream import Records, open_split
+    from bn_jax.lab.experiment import seconds, start_jax
+    from bn_jax.lab.findings import Published
+    from bn_jax.lab.progress import Progress
+    from bn_jax.lab.report.page import write as write_page
+    from bn_jax.lab.report.terminal import print_summary
+    from bn_jax.lab.sweeps import Point
+    from bn_jax.lab.training.optimizers import RULES
+    from bn_jax.lab.training.schedules import SCHEDULES
+    from bn_jax.lab.training.signals import on_sigterm
+    from experiments import imagenet_training as training
+if TYPE_CHECKING:
+    from bn_jax.lab.experiment import Record
 
 EXPERIMENT = "imagenet"
+PER = 256  # examples, for which `learning_rate` is
+# Top-1 on the validation set: Flax's ImageNet example; Ioffe & Szegedy 2015, section 4.2.2,
+# BN-Baseline. Both for images of 224 x 224, as here by default.
+PUBLISHED = {"resnet50": 0.767, "inception": 0.727}
+NEAR = 0.01
+KNOWN = {
+    "model": ("resnet50", "resnet18", "inception"), "dtype": ("bfloat16", "float32"),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Shared):
+    """Every flag of the experiment; see `python -m experiments.imagenet --help`."""
+
+    COUNTS: ClassVar = (*Shared.COUNTS, "image_size", "log_every")
+    RANGES: ClassVar = Shared.RANGES | {
+        "warmup_epochs": (0, math.inf), "momentum": (0, 1), "seed": (0, 2**31 - 1),
+        "workers": (0, 1000), "max_bad_examples": (0, math.inf),
+    }  # fmt: skip
+    QUICK: ClassVar[dict[str, Any]] = {
+        "model": "resnet18", "width": 0.25, "image_size": 64, "batch_size": 32, "steps": 20,
+        "eval_every": 10, "log_every": 5, "warmup_epochs": 0.0, "test_examples": 500,
+    }  # fmt: skip
+    seeds: ClassVar = 1  # an arm has one run
+
+    dataset: str = flag(
+        "imagenet2012", "a set of labelled images of tensorflow-datasets, by its name"
+    )
+    cache_dir: str | None = flag(None, "for compiled programs; by default ~/.cache/bn_jax")
+    train_examples: int | None = flag(
+        None, "train on the first so many of the training examples; by default on all"
+    )
+    test_split: str = flag("validation", "what is tested on; nothing is chosen on it")
+    image_size: int = flag(224, "height and width, in pixels, of what the network sees")
+    model: str = flag("resnet50", "resnet50, resnet18 or inception")
+    width: float = flag(1.0, "the network's share of its usual channels")
+    dtype: str = flag("bfloat16", "of convolutions and norms: bfloat16 or float32")
+    arms: tuple[str, ...] = flag(
+        ("bn",), "norms to train with, of none, bn, layer, group; the first is the baseline"
+    )
+    momentum: float = flag(0.9, "of running statistics: the weight of the old value")
+    optimizer: str = flag("sgd_momentum", "sgd, sgd_momentum, sgd_nesterov, rmsprop or adam")
+    learning_rate: float = flag(0.1, f"for a batch of {PER} examples; it grows with the batch")
+    warmup_epochs: float = flag(5.0, "epochs in which the learning rate rises from 0, linearly")
+    schedule: str = flag(
+        "cosine",
+        "of the learning rate: goyal (a tenth of it after 30, 60 and 80 of 90 epochs), cosine, "
+        "constant, step, exponential, inverse or one_cycle",
+    )
+    l2: float = flag(1e-4, "l2 / 2 times the sum of squared kernels is added to the loss")
+    weight_decay: float = flag(0.0, "kernels shrink by this times the learning rate each step")
+    label_smoothing: float = flag(0.1, "share of the wanted distribution that is uniform")
+    seed: int = flag(0, "of initial weights, of the order of the data, of what is cut out")
+    batch_size: int = flag(PER, "examples in a training step, of all devices together")
+    epochs: int = flag(90, "passes over the data")
+    steps: int | None = flag(None, "instead of epochs: training steps")
+    eval_every: int | None = flag(None, "steps between evaluations; by default an epoch's")
+    workers: int | None = flag(
+        None, "processes that decode; 0: this one does; by default one for each core but one"
+    )
+    max_bad_examples: int = flag(
+        0, "broken images that the training set, or the test set, may have; they are left out"
+    )
+    log_every: int = flag(100, "training steps after which the loss is shown")
+    quick: bool = flag(
+        False, "a small network, few small images: a look in some minutes on two cores"
+    )
+    checkpoint_every: float = flag(600.0, "seconds between checkpoints; 0: after every step")
+
+    def check(self) -> None:
+        """Raises a UserError for a flag that makes no sense."""
+        super().check()
+        for name in ("learning_rate", "width"):
+            if not SMALLEST <= getattr(self, name) < math.inf:
+                raise UserError(f"--{name}={getattr(self, name)}: it must be positive")
+        self.check_known(KNOWN)
+
+    def check_known(self, known: Mapping[str, Iterable[str]]) -> None:
+        """Raises a UserError for a flag whose value is not among those that are known."""
+        for name, values in known.items():
+            if (value := getattr(self, name)) not in values:
+                raise UserError(f"--{name}: unknown {value!r}, choose from {', '.join(values)}")
+
+    @property
+    def highest_rate(self) -> float:
+        """For this batch (Goyal et al. 2017, section 2.1)."""
+        return self.learning_rate * self.batch_size / PER
+
+    @property
+    def evaluations(self) -> list[int]:
+        """The steps after which there is one."""
+        steps, every = self.steps or 0, self.eval_every or 1  # `open_sets` has filled them in
+        return [*range(0, steps, every), steps]
 
 
 def run(config: Config) -> dict[str, Any]:
     """Trains the arms, fills the workdir, prints the table; the summary comes back."""
     start = time.perf_counter()
     started = start_jax(config)
-    import jax
-
-    from bn_jax import measure, report
-    from experiments import imagenet_arms as arms
-    from experiments.epochs import workers
-
-    sets = arms.open_sets(config)
     command = workdir.command(config, EXPERIMENT)
-    config, networks = arms.build(config, sets)
+    config, warmup, train, test = open_sets(config)
+    records: list[Record] = []
+    networks = {
+        name: training.network(config, arm, train.num_classes, warmup)
+        for name, arm in chosen_arms(config.arms, norm_arms()).items()
+    }
     with workdir.entered(config, EXPERIMENT) as (folder, shared):
         if (finished := workdir.finished(shared)) is not None:
             return finished
-        devices = [f"{d.platform}: {d.device_kind}" for d in jax.devices()]
-        settings = workdir.write_config(
-            folder, config, EXPERIMENT, devices,
-            **started, command=command, workers=workers(config),
-        )  # fmt: skip
-        records = train(config, sets, networks, folder, shared)
-        question = (
-            f"How well does this {config.model} learn {config.dataset}? Tested on its split "
-            f"{config.test_split}, on which nothing is chosen."
-        )
-        settings["seconds"] = seconds(records, time.perf_counter() - start)
-        summary = {
-            "experiment": EXPERIMENT, "question": question, "dataset": config.dataset,
-            "model": config.model, "published": arms.rows(config, records),
-            **measure.summarize(records, baseline=config.arms[0], target=config.target),
-            "seconds": settings["seconds"],
-        }  # fmt: skip
-        report.write(records, summary, settings, folder, question)
-        report.print_summary(summary)
-        print(folder / "report.html")
-        return summary
+        settings = workdir.write_config(folder, config, EXPERIMENT, **started, command=command)
+        with on_sigterm() as stop, Progress(config.evaluations[-1] * len(networks)) as progress:
+            for name, net in networks.items():
+                progress.describe(name)
+                place = shared / "checkpoints" / name
+                one = training.Training(config, train, test, net, place, stop, progress.advance)
+                records.append(record(config, name, one.run()))
+                report.rewrite_records(folder / "records.jsonl", records).close()
+        return write(config, records, settings, folder, time.perf_counter() - start)
 
 
-def train(
-    config: Config, sets: Any, networks: dict[str, Any], folder: Path, shared: Path
-) -> list[dict]:
-    """The records of the arms, in the file as soon as their training has ended.
+def open_sets(config: Config) -> tuple[Config, int, Records, Records]:
+    """The flags with the steps that follow from the data, those of the warm-up, and two sets.
 
-    An earlier start of the same run is gone on with where its last checkpoints were.
+    Raises:
+      UserError: of the data; a flag is unknown, or does not fit the data.
     """
-    from bn_jax import report
-    from bn_jax.training.signals import on_sigterm
-    from experiments import imagenet_arms as arms
-    from experiments.epochs import Training
-    from experiments.position import Position
-    from experiments.progress import Progress
+    config.check_known({"optimizer": RULES, "schedule": ("goyal", *SCHEDULES)})
 
-    records = []
-    with on_sigterm() as stop, Progress(config.steps * len(networks)) as progress:
-        for name, network in networks.items():
-            with contextlib.closing(_checkpoints(shared, name)) as checkpoints:
-                found, compilation = checkpoints.newest(), 0.0
-                if found and found.extra["ended"]:
-                    position = Position(**found.extra)
-                    progress.advance(config.steps)
-                else:
-                    progress.describe(f"{name}: compiling")
-                    programs, compilation = arms.compiled(config, network)
-                    progress.describe(name)
-                    training = Training(
-                        config, sets, programs, checkpoints, stop, progress.advance
-                    )
-                    position = training.run()
-            records.append(arms.record(config, name, position, compilation))
-            report.rewrite_records(folder / "records.jsonl", records).close()
-    return records
+    def opened(split, most):
+        records = open_split(config.dataset, config.data_dir, split)
+        if most is None or most >= len(records.data):
+            return records
+        return open_split(config.dataset, config.data_dir, f"{split}[:{most}]")
+
+    train = opened("train", config.train_examples)
+    test = opened(config.test_split, config.test_examples)
+    examples, size = len(train.data), config.batch_size
+    if size > examples or size % jax.process_count():
+        raise UserError(
+            f"--batch_size={size}: choose at most the {examples} training examples of "
+            f"{config.dataset}, and a multiple of the {jax.process_count()} processes"
+        )
+    if config.bn_group_size and size % config.bn_group_size:
+        raise UserError(
+            f"--bn_group_size={config.bn_group_size} does not divide {size} examples"
+        )
+    epoch = examples // size
+    steps = config.steps or config.epochs * epoch
+    every, warmup = min(config.eval_every or epoch, steps), round(config.warmup_epochs * epoch)
+    if warmup >= steps:
+        raise UserError(
+            f"--warmup_epochs={config.warmup_epochs:g} are {warmup} of {steps} steps: choose "
+            "fewer, or more steps"
+        )
+    config = dataclasses.replace(config, quick=False, steps=steps, eval_every=every)
+    sizes.check_records(config, [(len(config.arms), steps, every)])
+    return config, warmup, train, test
 
 
-def _checkpoints(shared, arm):
-    from bn_jax.training.checkpoint import Checkpoints
-    from experiments.epochs import BEST
+def record(config: Config, name: str, at: training.Position) -> dict[str, Any]:
+    """As of `bn_jax.lab.sweeps.sweep`, with `test_top5_accuracy` and what was left out."""
+    momentum = config.momentum if norm_arms()[name].has_momentum else None
+    point = Point(config.highest_rate, 1.0, momentum)
+    end = config.evaluations[-1] if at.diverged_at is None else at.diverged_at
+    found = [h for h in at.history if h["step"] <= end and math.isfinite(h["test_loss"])]
 
-    return Checkpoints(shared / "checkpoints" / arm, best=BEST)
+    def series(metric):
+        values = [round(h[metric], 6) if math.isfinite(h[metric]) else None for h in found]
+        return values + [None] * (len(config.evaluations) - len(values))
+
+    tested = {k: series(f"test_{k}") for k in ("loss", "accuracy")}
+    return {
+        "arm": name, **point._asdict(), "seed": config.seed, "steps": config.evaluations,
+        **{f"train_{k}": series(f"train_{k}") for k in tested},
+        **{f"{s}_{k}": v for s in ("validation", "test") for k, v in tested.items()},
+        "test_top5_accuracy": series("test_top5_accuracy"),
+        "diverged_at": at.diverged_at, "stopped_at": None, "restored": None,
+        "bad_examples": at.bad + at.test_bad, "skipped_steps": at.skipped,
+        "seconds": {
+            "per_step": at.training / max(at.step, 1), "training": at.training,
+            "evaluation": at.evaluation, "runs_at_once": 1, "compilation": at.compilation,
+        },
+    }  # fmt: skip
+
+
+def write(
+    config: Config, records: list[Record], settings: dict[str, Any], folder: Path, total: float
+) -> dict[str, Any]:
+    """Leaves the page and the summary, which comes back."""
+    question = (
+        f"How well does this {config.model} learn {config.dataset}? Tested on its split "
+        f"{config.test_split}, on which nothing is chosen."
+    )
+    settings["seconds"] = seconds(records, total)
+    rows = [row.to_json() for record in records for row in published(config, record)]
+    summary = {
+        "experiment": EXPERIMENT, "question": question, "dataset": config.dataset,
+        "model": config.model, "published": rows,
+        **statistics.summarize(records, baseline=config.arms[0], target=config.target),
+        "seconds": settings["seconds"],
+    }  # fmt: skip
+    page = write_page(records, summary, settings, folder)
+    print_summary(summary)
+    print(page)
+    return summary
+
+
+def published(config: Config, record: Record) -> list[Published]:
+    """What an arm ended with, beside what was published of such a network."""
+    top1, top5 = (record[f"test_{k}"][-1] or 0.0 for k in ("accuracy", "top5_accuracy"))
+    whole = config.width == 1 and config.dataset.startswith("imagenet2012")
+    source = PUBLISHED.get(config.model) if whole and record["arm"] == "bn" else None
+    beside = (f"{source:.1%}", top1 > source - NEAR) if source else (None, None)
+    rate = config.batch_size / record["seconds"]["per_step"]
+    arm = record["arm"]
+    return [
+        Published(f"{arm}: top-1 at the end", f"{top1:.1%}", *beside),
+        Published(f"{arm}: top-5 at the end", f"{top5:.1%}"),
+        Published(f"{arm}: images per second in training", f"{rate:,.0f}"),
+        Published(f"{arm}: broken images left out", str(record["bad_examples"])),
+        Published(f"{arm}: steps skipped", str(record["skipped_steps"])),
+    ]
 
 
 if __name__ == "__main__":
-    flags.main(Config, run)
+    flags.main(Config, "experiments.imagenet")

@@ -31,13 +31,29 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from bn_jax.errors import UserError
-from experiments import compare, flags
-from experiments.arms import NARROW
-from experiments.figure_3 import PUBLISHED, rows
-from experiments.flags import flag
+from bn_jax.lab import flags
+from bn_jax.lab.config import NARROW
+from bn_jax.lab.config import Config as CompareConfig
+from bn_jax.lab.flags import SMALLEST, flag
+
+if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
+    import jax
+    import jax.numpy as jnp
+
+    from bn_jax.lab import comparison
+    from bn_jax.lab.arms import Arm, norm_arms
+    from bn_jax.lab.experiment import Training, layer_table
+    from bn_jax.lab.findings import Findings, Published
+    from bn_jax.lab.models import Inception
+    from bn_jax.lab.models.inception import BLOCKS
+    from bn_jax.lab.report.text import in_line, number, percent, whole
+    from bn_jax.lab.watchers import Weights
+    from bn_jax.linen import BatchNorm
+    from experiments import inception_ensemble
 
 NETWORK = NARROW["inception"]
 EXPERIMENT = "inception"
@@ -48,12 +64,23 @@ PARAMETERS_REASON = (
     "4c and 4d: with 128 their outputs have 608 channels, not the 576 of the next rows."
 )
 DROPOUTS = (0.05, 0.1)  # of the ensemble's networks, in turn (section 4.2.3)
+# Figure 3: millions of steps to 72.2 %, and the maximum accuracy in per cent.
+PUBLISHED = {
+    "inception": (31.0, 72.2),
+    "bn_baseline": (13.3, 72.7),
+    "bn_x5": (2.1, 73.0),
+    "bn_x30": (2.7, 74.8),
+    "bn_x5_sigmoid": (None, 69.8),
+}
+# Section 4.2.2.
+FAILED = {"inception_x5": "diverged", "inception_sigmoid": "at chance"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(compare.Config):
+class Config(CompareConfig):
     """Every flag of the experiment; see `python -m experiments.inception --help`."""
 
+    RANGES: ClassVar = CompareConfig.RANGES | {"ensemble": (0, 1000)}
     QUICK: ClassVar = {
         "dataset": "digits", "augment": ("shift", "distort"), "blocks": ("3c", "4a"),
         "width": 0.125, "learning_rates": (0.01,), "steps": 300, "eval_every": 20,
@@ -89,7 +116,8 @@ class Config(compare.Config):
     dropout: float | None = flag(0.4, "before the last layer; none in x5 and x30")
     l2: float = flag(4e-5, "as in experiments.compare; a fifth in x5 and x30")
     augment: tuple[str, ...] = flag(
-        ("shift", "flip", "distort"), "as in experiments.compare; without distort in x5 and x30"
+        ("shift", "flip", "distort"),
+        "as in experiments.compare; without distort in x5 and x30",
     )
     local_response_norm: bool | None = flag(
         None,
@@ -113,46 +141,40 @@ class Config(compare.Config):
     def check(self) -> None:
         """Raises a UserError for a flag that makes no sense."""
         super().check()
-        if self.ensemble < 0:
-            raise UserError(f"--ensemble={self.ensemble}: it must be at least 0")
         for name in ("width", "ensemble_scale"):
-            if not 0 < getattr(self, name) < math.inf:
+            if not SMALLEST <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name}={getattr(self, name)}: it must be positive")
 
 
 def run(config: Config) -> dict[str, Any]:
     """Compares, fills the workdir, prints the tables; the summary comes back."""
-    from experiments.watchers import Weights
-
     if config.full:
-        print_full()
+        print(layer_table(*full_network()).strip())
     others = members(config)
     weights = Weights(lambda arm, seed: arm in others)
-    return compare.run(
+    return comparison.run(
         config, experiment=EXPERIMENT, question=QUESTION, known=arms(config), watch=weights,
-        extra=lambda training: extra(training, weights.kept),
+        further=lambda training: conclude(training, weights.kept),
     )  # fmt: skip
 
 
-def arms(config: Config) -> dict[str, compare.Arm]:
-    """The networks of figure 3, the two that failed, and the norms of `experiments.compare`."""
-    from bn_jax.linen import BatchNorm
-
+def arms(config: Config) -> dict[str, Arm]:
+    """The networks of figure 3, the two that failed, and the norms of a comparison."""
     network = {"stem": config.stem, "width": config.width, "blocks": config.blocks}
     if config.local_response_norm is not None:
         network["local_response_norm"] = config.local_response_norm
     original = {"local_response_norm": True} | network
     x5, x30 = accelerated(config, 5), accelerated(config, 30)
     sigmoid = {"activation": "sigmoid"}
-    norms = {name: arm._replace(model=network) for name, arm in compare.norm_arms().items()}
+    norms = {name: arm._replace(model=network) for name, arm in norm_arms().items()}
     known = norms | {
-        "inception": compare.Arm(None, model=original),
-        "inception_x5": compare.Arm(None, {"learning_rates": x5["learning_rates"]}, original),
-        "inception_sigmoid": compare.Arm(None, sigmoid, original),
-        "bn_baseline": compare.Arm(BatchNorm, model=original),
-        "bn_x5": compare.Arm(BatchNorm, x5, network),
-        "bn_x30": compare.Arm(BatchNorm, x30, network),
-        "bn_x5_sigmoid": compare.Arm(BatchNorm, x5 | sigmoid, network),
+        "inception": Arm(None, model=original),
+        "inception_x5": Arm(None, {"learning_rates": x5["learning_rates"]}, original),
+        "inception_sigmoid": Arm(None, sigmoid, original),
+        "bn_baseline": Arm(BatchNorm, model=original),
+        "bn_x5": Arm(BatchNorm, x5, network),
+        "bn_x30": Arm(BatchNorm, x30, network),
+        "bn_x5_sigmoid": Arm(BatchNorm, x5 | sigmoid, network),
     }
     return {name: arm._replace(shuffle=config.shuffle) for name, arm in known.items()}
 
@@ -168,7 +190,7 @@ def accelerated(config: Config, factor: float) -> dict[str, Any]:
     }
 
 
-def members(config: Config) -> dict[str, tuple[compare.Arm, range]]:
+def members(config: Config) -> dict[str, tuple[Arm, range]]:
     """The ensemble: BN-x30 with larger initial weights, dropout, per-activation BatchNorm."""
     x30 = arms(config)["bn_x30"]
     model = {**x30.model, "per_activation_last": True}
@@ -181,68 +203,97 @@ def members(config: Config) -> dict[str, tuple[compare.Arm, range]]:
     return found
 
 
-def full_network() -> tuple[Any, Any]:
+def full_network() -> tuple[Inception, jax.Array]:
     """The paper's network and an image for it."""
-    import jax.numpy as jnp
-
-    from bn_jax.linen import BatchNorm
-    from bn_jax.models import Inception
-
     return Inception(norm=BatchNorm), jnp.zeros((1, 224, 224, 3))
 
 
-def print_full() -> None:
-    """A table of its layers, with shapes and parameter counts; computes nothing."""
-    import jax
-    from flax import linen as nn
-
-    model, image = full_network()
-    console = {"width": 120, "force_terminal": False}
-    table = nn.tabulate(model, jax.random.key(0), depth=1, console_kwargs=console)
-    print(table(image, train=False).strip())
-
-
-def extra(training: compare.Training, kept: dict) -> compare.Extra:
+def conclude(training: Training[Config], kept: dict) -> Findings:
     """Figure 3's and figure 4's rows beside ours, and the errors of the ensemble."""
-    from experiments import ensemble
-
-    config, dataset, figures = training.config, training.dataset, ()
+    config, dataset, figures = training.config, training.dataset, []
     size = "x".join(map(str, dataset.train.inputs.shape[1:3]))
-    found = [*rows(training.summary, 1 / dataset.num_classes)]
-    found += [network_row(config, size), parameter_row()]
+    published = [*rows(training.summary, 1 / dataset.num_classes)]
+    published += [network_row(config, size), parameter_row()]
     if config.ensemble:
-        more, figure = ensemble.show(training, members(config), kept)
-        found, figures = found + more, (figure,)
-    return compare.Extra({"published": found}, figures)
+        more, figure = inception_ensemble.show(training, members(config), kept)
+        published, figures = published + more, [figure]
+    return Findings(published=published, figures=figures)
 
 
-def network_row(config: Config, size: str) -> dict:
+def rows(summary: dict, chance: float) -> Iterator[Published]:
+    """Steps to the baseline's best and highest accuracy of every arm, and ratios of steps.
+
+    `agrees` compares directions, as the sizes are others: whether an arm's highest accuracy is
+    on the same side of Inception's, and whether it takes fewer steps than Inception.
+    """
+    base = summary["arms"][0]
+    comparable = base["arm"] == "inception"
+    goal = f"{percent(summary['target']['value'])} %"
+    for arm in summary["arms"]:
+        name = arm["arm"]
+        steps = in_line(arm["steps_to_target"], whole, arm["seeds"])
+        best = in_line(arm["max_accuracy"], percent, arm["seeds"])
+        yield Published(
+            quantity=f"{name}: steps to {goal}, maximum accuracy (%)",
+            here=f"{steps}, {best}",
+            source=_source(name),
+            agrees=_agrees(arm, base, chance) if comparable else None,
+        )
+    for faster in summary["speedup"] if comparable else ():
+        name = faster["arm"]
+        millions, _ = PUBLISHED.get(name, (None, None))
+        if millions:
+            ratio = {"median": faster["steps"]["ratio"], "ci95": faster["steps"]["ci95"]}
+            yield Published(
+                quantity=f"steps of inception over those of {name} (agrees: above 1)",
+                here=in_line(ratio, number, base["seeds"]),
+                source=number(PUBLISHED["inception"][0] / millions),
+                agrees=(ratio["median"] or 0) > 1,
+            )
+
+
+def _source(name):
+    if name in FAILED:
+        return FAILED[name]
+    if name not in PUBLISHED:
+        return None
+    millions, best = PUBLISHED[name]
+    return f"{f'{millions:.1f}M' if millions else 'not reached'}, {best:.1f}"
+
+
+def _agrees(arm, base, chance):
+    name, best = arm["arm"], arm["max_accuracy"]["median"]
+    if name == "inception_x5":
+        return 2 * arm["diverged"] >= arm["seeds"]
+    if name == "inception_sigmoid":
+        return best < 2 * chance
+    if name == base["arm"] or name not in PUBLISHED:
+        return None
+    above = PUBLISHED[name][1] > PUBLISHED[base["arm"]][1]
+    return above == (best > base["max_accuracy"]["median"])
+
+
+def network_row(config: Config, size: str) -> Published:
     """What was trained, on images of which size, beside the paper's: a setting, no claim."""
-    from bn_jax.models.inception import BLOCKS
+    return Published(
+        quantity="network: share of the channels, blocks, stem, images",
+        here=f"{config.width:g}, {len(config.blocks)}, {config.stem}, {size}",
+        source=f"1, {len(BLOCKS)}, imagenet, 224x224",
+        claim=False,
+    )
 
-    return {
-        "quantity": "network: share of the channels, blocks, stem, images",
-        "here": f"{config.width:g}, {len(config.blocks)}, {config.stem}, {size}",
-        "source": f"1, {len(BLOCKS)}, imagenet, 224x224",
-    }
 
-
-def parameter_row() -> dict:
+def parameter_row() -> Published:
     """How many the paper's network has, counted without computing anything."""
-    import jax
-
     model, image = full_network()
     init = functools.partial(model.init, train=False)
     shapes = jax.eval_shape(init, jax.random.key(0), image)
     count = sum(v.size for v in jax.tree.leaves(shapes["params"]))
-    return {
-        "quantity": "parameters of the 224x224 network",
-        "here": f"{count / 1e6:.1f}M",
-        "source": f"{PARAMETERS / 1e6:.1f}M",
-        "agrees": abs(count - PARAMETERS) < 0.05e6,
-        "reason": PARAMETERS_REASON,
-    }
+    here, source = (f"{n / 1e6:.1f}M" for n in (count, PARAMETERS))
+    agrees = abs(count - PARAMETERS) < 0.05e6
+    what = "parameters of the 224x224 network"
+    return Published(what, here, source, agrees, PARAMETERS_REASON)
 
 
 if __name__ == "__main__":
-    flags.main(Config, run)
+    flags.main(Config, "experiments.inception")

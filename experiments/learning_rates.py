@@ -12,26 +12,46 @@ so higher rates train. The paper shows it with Inception; it has no numbers by d
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from bn_jax.errors import UserError
-from experiments import compare, flags
-from experiments.arms import chosen_arms, norm_arms
-from experiments.conduct import conduct
-from experiments.flags import flag
+from bn_jax.lab import flags
+from bn_jax.lab.config import Config as CompareConfig
+from bn_jax.lab.flags import flag
+
+if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
+    from bn_jax.lab.arms import Arm, chosen_arms, norm_arms
+    from bn_jax.lab.experiment import Training, run_experiment
+    from bn_jax.lab.findings import Findings, Published
+    from bn_jax.lab.report.comparison import Comparison
+    from bn_jax.lab.report.heatmap import heat_maps
+    from bn_jax.lab.report.plotting import SMALL, add_legend, arm_styles, new_figure, tidy
+    from bn_jax.lab.report.text import number, plural
+    from bn_jax.lab.statistics import summarize
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 EXPERIMENT = "learning_rates"
 QUESTION = "How far can the learning rate and the initial scale go, with and without BatchNorm?"
 RATES_CLAIM = "higher rates train (Ioffe & Szegedy 2015, section 3.3)"
 SCALES_CLAIM = "the scale of the weights matters less (section 3.3: BN(aWu) = BN(Wu))"
 NO_RATE = "no rate"
+DEEPEST = 1000  # layers; XLA takes minutes to compile so many
+CAPTION = (
+    "Largest learning rate that trains, by the number of hidden layers. At the initial scale "
+    "nearest to 1. In the grey strip: no rate of the grid trains. At the dashed line, the "
+    "largest rate that was tried, larger ones may train as well. Norms are moved a little "
+    "sideways so that they do not hide each other."
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(compare.Config):
+class Config(CompareConfig):
     """Every flag of the experiment; see `python -m experiments.learning_rates --help`."""
 
-    LISTS: ClassVar = (*compare.Config.LISTS, "depths", "activations")
+    LISTS: ClassVar = (*CompareConfig.LISTS, "depths", "activations")
+    COUNTS: ClassVar = (*CompareConfig.COUNTS, "width")
     QUICK: ClassVar = {
         "depths": (3, 10), "activations": ("relu", "sigmoid"), "seeds": 2, "steps": 200,
         "learning_rates": (0.01, 0.1, 1.0, 10.0, 100.0), "init_scales": (0.1, 1.0, 10.0),
@@ -58,9 +78,9 @@ class Config(compare.Config):
     def check(self) -> None:
         """Raises a UserError for a flag that makes no sense."""
         super().check()
-        for name, value in (("depths", min(self.depths)), ("width", self.width)):
-            if value < 1:
-                raise UserError(f"--{name}: {value} must be at least 1")
+        for depth in self.depths:
+            if not 1 <= depth <= DEEPEST:
+                raise UserError(f"--depths: {depth} must be from 1 to {DEEPEST}")
         if self.features is not None:
             raise UserError("--features: here --depths and --width say it")
         if self.target is None:
@@ -80,9 +100,13 @@ class Network(NamedTuple):
         return f"{self.norm} {self.activation} {self.depth}"
 
 
+Largest = dict[Network, float | None]  # None where no rate trains
+Scales = dict[Network, int]
+
+
 def run(config: Config) -> dict[str, Any]:
     """Trains, fills the workdir, prints the tables; the summary comes back."""
-    return conduct(
+    return run_experiment(
         config, arms(config), experiment=EXPERIMENT, question=QUESTION, conclude=conclude
     )
 
@@ -97,9 +121,9 @@ def networks(config: Config) -> list[Network]:
     ]
 
 
-def arms(config: Config) -> dict[str, compare.Arm]:
+def arms(config: Config) -> dict[str, Arm]:
     """Every network, by its name."""
-    norms = chosen_arms(config, norm_arms())
+    norms = chosen_arms(config.arms, norm_arms())
 
     def arm(network):
         return norms[network.norm]._replace(
@@ -110,17 +134,10 @@ def arms(config: Config) -> dict[str, compare.Arm]:
     return {network.name: arm(network) for network in networks(config)}
 
 
-def conclude(training: compare.Training) -> compare.Extra:
+def conclude(training: Training[Config]) -> Findings:
     """What of the grid trains, beside the claims."""
-    from bn_jax.report.learning_rates import (
-        CAPTION,
-        accuracy_maps,
-        largest_rates,
-        map_caption,
-    )
-
     config = training.config
-    summary = summarize(training)
+    summary = without_baseline(training)
     largest = {n: largest_rate(config, summary, n) for n in networks(config)}
     scales = {n: trained_scales(summary, n) for n in networks(config)}
     depth = config.depths[len(config.depths) // 2]
@@ -130,14 +147,12 @@ def conclude(training: compare.Training) -> compare.Extra:
         ("accuracy.png", map_caption(depth, config.seeds), accuracy_maps(summary, shown)),
     )
     published = [*rate_rows(config, largest), *scale_rows(config, scales)]
-    tables = [table(config, largest, scales)]
-    return compare.Extra(summary | {"published": published, "tables": tables}, figures)
+    summary["tables"] = [table(config, largest, scales)]
+    return Findings(summary, published, figures)
 
 
-def summarize(training: compare.Training) -> dict[str, Any]:
-    """Of `bn_jax.measure.summarize` what does not rest on a baseline."""
-    from bn_jax.measure import summarize
-
+def without_baseline(training: Training[Config]) -> dict[str, Any]:
+    """The entries of `bn_jax.lab.statistics.summarize` that do not rest on a baseline."""
     config = training.config
     baseline = networks(config)[0].name
     whole = summarize(training.records, baseline=baseline, target=config.target)
@@ -161,7 +176,7 @@ def trained_scales(summary: dict, network: Network) -> int:
     return len({p["init_scale"] for p in points})
 
 
-def rate_rows(config: Config, largest: dict) -> Any:
+def rate_rows(config: Config, largest: Largest) -> Iterator[Published]:
     """At every depth the largest rate with and without BatchNorm, where both are trained."""
     top = max(config.learning_rates)
     for depth in _compared(config):
@@ -170,29 +185,29 @@ def rate_rows(config: Config, largest: dict) -> Any:
             f"{a} {_rate(bn, top)} with, {_rate(none, top)} without"
             for a, (none, bn) in pairs.items()
         ]
-        yield {
-            "quantity": f"largest rate that trains, {depth} layers",
-            "here": "; ".join(texts),
-            "source": RATES_CLAIM,
-            "agrees": _all(_larger(none, bn, top) for none, bn in pairs.values()),
-        }
+        yield Published(
+            quantity=f"largest rate that trains, {depth} layers",
+            here="; ".join(texts),
+            source=RATES_CLAIM,
+            agrees=_all(_larger(none, bn, top) for none, bn in pairs.values()),
+        )
 
 
-def scale_rows(config: Config, scales: dict) -> Any:
+def scale_rows(config: Config, scales: Scales) -> Iterator[Published]:
     """At every depth the number of initial scales that train at some rate."""
     count = len(config.init_scales)
     for depth in _compared(config) if count > 1 else ():
         pairs = {a: _pair(scales, a, depth) for a in config.activations}
         texts = [f"{a} {bn} with, {none} without" for a, (none, bn) in pairs.items()]
-        yield {
-            "quantity": f"initial scales, of {count}, that train at some rate, {depth} layers",
-            "here": "; ".join(texts),
-            "source": SCALES_CLAIM,
-            "agrees": _all(_larger(none, bn, count) for none, bn in pairs.values()),
-        }
+        yield Published(
+            quantity=f"initial scales, of {count}, that train at some rate, {depth} layers",
+            here="; ".join(texts),
+            source=SCALES_CLAIM,
+            agrees=_all(_larger(none, bn, count) for none, bn in pairs.values()),
+        )
 
 
-def table(config: Config, largest: dict, scales: dict) -> dict[str, Any]:
+def table(config: Config, largest: Largest, scales: Scales) -> dict[str, Any]:
     """A row for every network."""
     top = max(config.learning_rates)
     return {
@@ -216,7 +231,7 @@ def _larger(none, bn, top):
     return None if none == bn == top else (bn or 0) > (none or 0)
 
 
-def _all(answers):
+def _all(answers: Iterable[bool | None]) -> bool | None:
     answers = list(answers)
     return False if False in answers else None if None in answers else True
 
@@ -225,5 +240,48 @@ def _rate(rate, top):
     return NO_RATE if rate is None else f"{'at least ' * (rate == top)}{rate:g}"
 
 
+def largest_rates(largest: Largest, rates: list[float]) -> Figure:
+    """A panel for each activation, a line for each norm; `rates` were tried, ascending."""
+    norms, activations, depths = (
+        list(dict.fromkeys(values)) for values in zip(*largest, strict=True)
+    )
+    styles = arm_styles(norms)
+    figure = new_figure(width=1 + 2.2 * len(activations), height=3.4)
+    panels = figure.subplots(1, len(activations), sharey=True, squeeze=False)[0]
+    place = {None: -1} | {rate: i for i, rate in enumerate(rates)}
+    for ax, activation in zip(panels, activations, strict=True):
+        for i, norm in enumerate(norms):
+            x = [j + 0.12 * (i - (len(norms) - 1) / 2) for j in range(len(depths))]
+            y = [place[largest[Network(norm, activation, depth)]] for depth in depths]
+            ax.plot(x, y, label=norm, **styles[norm].line())
+        ax.axhspan(-1.5, -0.5, color="#f0f0f0", zorder=0)
+        ax.axhline(len(rates) - 1, color="#6b6b6b", linewidth=1, linestyle=(0, (6, 4)))
+        ax.set_title(activation, fontsize=10, loc="left")
+        tidy(ax, "hidden layers")
+        ax.set_xticks(range(len(depths)), list(map(str, depths)))
+        ax.set_xlim(-0.5, len(depths) - 0.5)
+    panels[0].set_yticks(range(-1, len(rates)), ["no rate", *map(number, rates)])
+    panels[0].set_ylim(-1.5, len(rates) - 0.5)
+    panels[0].set_ylabel("largest learning rate that trains", fontsize=SMALL + 1)
+    add_legend(figure, panels[0])
+    return figure
+
+
+def accuracy_maps(summary: dict, shown: list[str]) -> Figure:
+    """`heat_maps` of some of the arms."""
+    arms = [arm for arm in summary["arms"] if arm["arm"] in shown]
+    return heat_maps(Comparison.of(summary | {"arms": arms}))
+
+
+def map_caption(depth: int, seeds: int) -> str:
+    """Of `accuracy_maps`."""
+    return (
+        f"Final test accuracy at every learning rate and initial scale, {depth} hidden layers. "
+        f"Medians over {plural(seeds, 'run')} at each point. Framed: the point of the network "
+        "that reaches the target in the fewest steps or, where none does, the most accurate. "
+        "Hatched: half of the runs or more diverged."
+    )
+
+
 if __name__ == "__main__":
-    flags.main(Config, run)
+    flags.main(Config, "experiments.learning_rates")

@@ -25,12 +25,24 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from bn_jax.errors import UserError
-from bn_jax.report.text import in_line, number, percent
-from experiments import compare, flags
-from experiments.flags import flag
+from bn_jax.lab import flags
+from bn_jax.lab.config import Config as CompareConfig
+from bn_jax.lab.flags import flag
+
+if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
+    import jax
+
+    from bn_jax.lab import comparison
+    from bn_jax.lab.arms import Arm, norm_arms
+    from bn_jax.lab.experiment import Training
+    from bn_jax.lab.findings import Findings, Published
+    from bn_jax.lab.report.text import in_line, number, percent
+    from bn_jax.lab.sweeps import Evaluation, Point
+    from bn_jax.linen import BatchNorm
+    from experiments.lstm_gradients import CAPTION, gradient_norms, gradients_through_time
 
 EXPERIMENT = "lstm"
 QUESTION = "Does BatchNorm help an LSTM, after it or in its recurrence?"
@@ -57,7 +69,7 @@ NOISE = 0.1  # of the first hidden state, in the authors' code
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(compare.Config):
+class Config(CompareConfig):
     """Every flag of the experiment; see `python -m experiments.lstm --help`."""
 
     QUICK: ClassVar = {
@@ -94,27 +106,23 @@ class Config(compare.Config):
 def run(config: Config) -> dict[str, Any]:
     """Compares, fills the workdir, prints the tables; the summary comes back."""
     ends = Ends(config.seed)
-    return compare.run(
+    return comparison.run(
         config, experiment=EXPERIMENT, question=QUESTION, known=arms(config), watch=ends,
-        extra=lambda training: extra(training, ends.kept),
+        further=lambda training: conclude(training, ends.kept),
     )  # fmt: skip
 
 
-def arms(config: Config) -> dict[str, compare.Arm]:
-    """The four networks, and the norms of `experiments.compare` after the LSTM."""
-    from bn_jax.linen import BatchNorm
-
+def arms(config: Config) -> dict[str, Arm]:
+    """The four networks, and the norms of a comparison after the LSTM."""
     reads = {"read": config.read, "permutation_seed": 0 if config.permuted else None}
     after, recurrent = {"places": ("output",)}, {"places": ("recurrent",)}
 
     def recurrent_arm(scale):
         model = {**reads, "initial_scale": scale, "noise": NOISE}
-        return compare.Arm(BatchNorm, recurrent, model)
+        return Arm(BatchNorm, recurrent, model)
 
-    return {
-        name: compare.Arm(arm.norm, after, reads) for name, arm in compare.norm_arms().items()
-    } | {
-        "lstm_bn": compare.Arm(BatchNorm, after, reads),
+    return {name: Arm(arm.norm, after, reads) for name, arm in norm_arms().items()} | {
+        "lstm_bn": Arm(BatchNorm, after, reads),
         "recurrent_.1": recurrent_arm(0.1),
         "recurrent_1": recurrent_arm(1.0),
     }
@@ -128,11 +136,11 @@ class Ends:
     """
 
     def __init__(self, seed: int):
-        self.kept: dict[tuple, dict[str, Any]] = {}
+        self.kept: dict[tuple[str, Point, str], dict[str, Any]] = {}
         self._seed = seed
 
-    def __call__(self, arm: str, evaluation: Any) -> None:
-        """To be a `watch` of `experiments.compare.run`."""
+    def __call__(self, arm: str, evaluation: Evaluation) -> None:
+        """To be a `watch` of `bn_jax.lab.comparison.run`."""
         chunk = evaluation.chunk
         if self._seed not in chunk.seeds or (evaluation.step and not evaluation.last):
             return
@@ -142,16 +150,14 @@ class Ends:
             self.kept[arm, point, "end" if evaluation.step else "start"] = variables
 
 
-def extra(training: compare.Training, kept: dict) -> compare.Extra:
+def conclude(training: Training[Config], kept: dict) -> Findings:
     """The published numbers beside ours, and the gradient through time."""
-    from bn_jax.report.through_time import CAPTION, gradients_through_time
-
     norms = {a["arm"]: through_time(training, a, kept) for a in training.summary["arms"]}
     figure = gradients_through_time(norms, training.summary)
-    found = list(rows(training.config, training.summary, norms))
-    return compare.Extra(
-        {"variant": variant(training.config), "published": found, "gradient_norms": norms},
-        (("gradients_through_time.png", CAPTION, figure),),
+    return Findings(
+        {"variant": variant(training.config), "gradient_norms": norms},
+        [*rows(training.config, training.summary, norms)],
+        [("gradients_through_time.png", CAPTION, figure)],
     )
 
 
@@ -160,28 +166,20 @@ def variant(config: Config) -> str:
     return config.read + (", permuted" if config.permuted else "")
 
 
-def through_time(training: compare.Training, arm: dict, kept: dict) -> dict[str, list]:
-    """The norms of `bn_jax.measure.gradients`, by end, at the arm's best point."""
-    import jax
-
-    from bn_jax.measure import Point
-    from bn_jax.measure.gradients import gradient_norms
-    from bn_jax.training.run import Swept
-
-    run, train = training.runs[arm["arm"]], training.dataset.train
-    point, n = Point.of(arm), training.config.batch_size
-    batch = run.scaled(train.inputs[:n]), train.labels[:n]
-    model, key = run.model(Swept(*point)), jax.random.key(training.config.seed)
+def through_time(training: Training[Config], arm: dict, kept: dict) -> dict[str, list]:
+    """`gradient_norms` by end, at the arm's best point."""
+    name, point, train = arm["arm"], Point.of(arm), training.dataset.train
+    n, key = training.config.batch_size, jax.random.key(training.config.seed)
+    batch = training.runs[name].scaled(train.inputs[:n]), train.labels[:n]
+    model = training.model(name, point)
     norms = jax.jit(lambda variables: gradient_norms(model, variables, *batch, key=key))
     return {
-        end: [
-            float(v) if math.isfinite(v) else None for v in norms(kept[arm["arm"], point, end])
-        ]
+        end: [float(v) if math.isfinite(v) else None for v in norms(kept[name, point, end])]
         for end in ("start", "end")
     }
 
 
-def rows(config: Config, summary: dict, norms: dict) -> Iterator[dict]:
+def rows(config: Config, summary: dict, norms: dict) -> Iterator[Published]:
     """Accuracies, steps against the LSTM without, and what the gradient loses on its way."""
     published = {}
     if (config.dataset, config.read) == ("mnist", "pixels"):
@@ -191,12 +189,12 @@ def rows(config: Config, summary: dict, norms: dict) -> Iterator[dict]:
         source = published.get(name)
         low, high = accuracy["ci95"]
         same_size = source and config.steps >= STEPS
-        yield {
-            "quantity": f"{name}: highest test accuracy (%)",
-            "here": in_line(accuracy, percent, config.seeds),
-            "source": source and f"{source:g}",
-            "agrees": 100 * low - 0.05 <= source <= 100 * high + 0.05 if same_size else None,
-        }
+        yield Published(
+            quantity=f"{name}: highest test accuracy (%)",
+            here=in_line(accuracy, percent, config.seeds),
+            source=f"{source:g}" if source else None,
+            agrees=100 * low - 0.05 <= source <= 100 * high + 0.05 if same_size else None,
+        )
     yield from _faster(config, summary)
     yield from _vanishing(config, norms)
 
@@ -206,12 +204,12 @@ def _faster(config, summary):
         if (faster["over"], faster["arm"]) == ("none", "recurrent_.1"):
             steps = faster["steps"]
             ratio = {"median": steps["ratio"], "ci95": steps["ci95"]}
-            yield {
-                "quantity": "steps of none over those of recurrent_.1",
-                "here": in_line(ratio, number, config.seeds),
-                "source": "above 1 (pixels)",
-                "agrees": _above_1(**steps) if config.read == "pixels" else None,
-            }
+            yield Published(
+                quantity="steps of none over those of recurrent_.1",
+                here=in_line(ratio, number, config.seeds),
+                source="above 1 (pixels)",
+                agrees=_above_1(**steps) if config.read == "pixels" else None,
+            )
 
 
 def _above_1(ratio, ci95):
@@ -227,14 +225,14 @@ def _vanishing(config, norms):
         ratio = _reached(ends["start"])
         source, low, high = GRADIENTS.get(arm, (None, 0, math.inf))
         judged = source and config.read == "pixels" and ratio is not None
-        yield {
-            "quantity": f"{arm}: gradient at the first step over the last, before training"
+        yield Published(
+            quantity=f"{arm}: gradient at the first step over the last, before training"
             + (f" (agrees: {low:g} to {high:g})" if judged else ""),
-            "here": "-" if ratio is None else number(ratio),
-            "source": source,
-            "agrees": low <= ratio <= high if judged else None,
-            "reason": VANISHING_REASON if ratio is not None and ratio > 1 else None,
-        }
+            here="-" if ratio is None else number(ratio),
+            source=source,
+            agrees=low <= ratio <= high if judged else None,
+            reason=VANISHING_REASON if ratio is not None and ratio > 1 else None,
+        )
 
 
 def _reached(norms):
@@ -243,4 +241,4 @@ def _reached(norms):
 
 
 if __name__ == "__main__":
-    flags.main(Config, run)
+    flags.main(Config, "experiments.lstm")

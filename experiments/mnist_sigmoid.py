@@ -9,7 +9,7 @@ What the paper leaves open, and what is done here: plain SGD; each arm at the be
 of a grid; "small random Gaussian" weights are Glorot's, Gaussian and cut off at two standard
 deviations (.05 in the first layer, .1 in the others); 5,000 of the 60,000 training images are
 held out, to choose the learning rate on. The typical sigmoid is the one of median drift among
-the 100 (`bn_jax.measure.drift`). Percentiles are over 1,000 of the test images, and with
+the 100 (`drift.py`). Percentiles are over 1,000 of the test images, and with
 running statistics, as the network is used after training: they include what these lag behind.
 
 Drift is told over the whole of training, which goes on long after both networks have settled,
@@ -21,11 +21,32 @@ finite and its accuracy at chance, so it is counted in "rates that train", not i
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from bn_jax.errors import UserError
-from experiments import compare, flags
-from experiments.flags import flag
+from bn_jax.lab import flags
+from bn_jax.lab.config import Config as CompareConfig
+from bn_jax.lab.flags import flag
+
+if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
+    import numpy as np
+
+    from bn_jax.lab import comparison
+    from bn_jax.lab.experiment import Training
+    from bn_jax.lab.findings import Findings, Published
+    from bn_jax.lab.report.text import bracketed, number, whole
+    from bn_jax.lab.statistics.convergence import median, median_interval
+    from bn_jax.lab.sweeps import Point
+    from experiments import mnist_sigmoid_figure as figure
+    from experiments.mnist_sigmoid_percentiles import (
+        PERCENTILES,
+        Percentiles,
+        drift,
+        drift_summary,
+        sample,
+        typical_unit,
+    )
 
 EXPERIMENT = "mnist_sigmoid"
 QUESTION = "Is a network of sigmoids better, sooner and steadier inside with BatchNorm?"
@@ -39,7 +60,7 @@ STABLE = "much more stable with BN"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(compare.Config):
+class Config(CompareConfig):
     """Every flag of the experiment; see `python -m experiments.mnist_sigmoid --help`."""
 
     QUICK: ClassVar = {
@@ -69,53 +90,39 @@ class Config(compare.Config):
 
 def run(config: Config) -> dict[str, Any]:
     """Compares, fills the workdir, prints the tables; the summary comes back."""
-    from bn_jax.measure.activations import Percentiles
-
     watch = Percentiles()
-    return compare.run(
+    return comparison.run(
         config, experiment=EXPERIMENT, question=QUESTION, watch=watch,
-        extra=lambda training: extra(training, watch.kept),
+        further=lambda training: conclude(training, watch.kept),
     )  # fmt: skip
 
 
-def extra(training: compare.Training, paths: dict) -> compare.Extra:
+def conclude(training: Training[Config], paths: dict) -> Findings:
     """The drift of every arm, the source's claims beside ours, and the figures."""
-    from bn_jax.measure.activations import PERCENTILES, sample
-    from bn_jax.measure.drift import drift_summary
-    from bn_jax.report import percentiles as report
-
     summary = training.summary
     tenth = {run: own[: max(2, len(own) // 10)] for run, own in paths.items()}
-    drift = {
+    drifts = {
         "percentiles": PERCENTILES,
         "images": len(sample(training.dataset)),
         **drift_summary(training.records, summary, paths),
         "first_tenth": drift_summary(training.records, summary, tenth),
     }
     shown = {arm["arm"]: unit_paths(training, arm, paths) for arm in summary["arms"]}
-    figures = (
-        ("typical_unit.png", report.TYPICAL, report.typical_units(summary, shown)),
-        ("all_units.png", report.all_units_caption(shown), report.all_units(summary, shown)),
-    )
-    published = list(rows(training, drift))
-    return compare.Extra({"drift": drift, "published": published}, figures)
+    figures = [
+        ("typical_unit.png", figure.TYPICAL, figure.typical_units(summary, shown)),
+        ("all_units.png", figure.all_units_caption(shown), figure.all_units(summary, shown)),
+    ]
+    return Findings({"drift": drifts}, [*rows(training, drifts)], figures)
 
 
-def unit_paths(training: compare.Training, arm: dict, paths: dict) -> Any:
-    """Of the first seed of an arm at its own best point."""
-    import numpy as np
-
-    from bn_jax.measure import Point
-    from bn_jax.measure.drift import drift, typical_unit
-    from bn_jax.report.percentiles import Paths
-
-    point = Point.of(arm)
-    own = np.stack(paths[arm["arm"], point, training.config.seed])
+def unit_paths(training: Training[Config], arm: dict, paths: dict) -> figure.Paths:
+    """Those of the first seed of an arm at its own best point."""
+    own = np.stack(paths[arm["arm"], Point.of(arm), training.config.seed])
     steps = np.array(training.records[0]["steps"][1:][: len(own)])
-    return Paths(steps, own, drift(own), typical_unit(drift(own)))
+    return figure.Paths(steps, own, drift(own), typical_unit(drift(own)))
 
 
-def rows(training: compare.Training, drift: dict) -> Any:
+def rows(training: Training[Config], drift: dict) -> Iterator[Published]:
     """Every arm beside the baseline; for none and bn, what the source claims of them.
 
     A claim agrees where the 95 % interval of ours holds nothing else: of the difference in
@@ -130,13 +137,13 @@ def rows(training: compare.Training, drift: dict) -> Any:
         for what, here, claim, holds in (
             accuracies(training, place), steps(training, place), *drifts(drift, place)
         ):  # fmt: skip
-            yield {
-                "quantity": f"{names}: {what}",
-                "here": here,
-                "source": claim if claimed else None,
-                "agrees": holds if judged and claim else None,
-                "reason": reason(drift, place) if claim == STABLE else None,
-            }
+            yield Published(
+                quantity=f"{names}: {what}",
+                here=here,
+                source=claim if claimed else None,
+                agrees=holds if judged and claim else None,
+                reason=reason(drift, place) if claim == STABLE else None,
+            )
 
 
 def is_the_sources(config: Config) -> bool:
@@ -144,14 +151,11 @@ def is_the_sources(config: Config) -> bool:
     return config.seeds > 1 and all(getattr(config, k) == v for k, v in SETTING.items())
 
 
-def accuracies(training: compare.Training, place: int) -> tuple[str, str, str, bool]:
+def accuracies(training: Training[Config], place: int) -> tuple[str, str, str, bool]:
     """After the last step; the difference is of the two runs of a seed."""
-    from bn_jax.measure.convergence import median, median_interval
-    from bn_jax.report.points import same_point
-
     arms = training.summary["arms"]
     base, own = (
-        [100 * (r["test_accuracy"][-1] or 0) for r in training.records if same_point(r, arm)]
+        [100 * (r["test_accuracy"][-1] or 0) for r in training.at(arm)]
         for arm in (arms[0], arms[place])
     )
     more = [b - a for a, b in zip(base, own, strict=True)]
@@ -159,13 +163,16 @@ def accuracies(training: compare.Training, place: int) -> tuple[str, str, str, b
     here = (
         f"{median(base):.2f} / {median(own):.2f}, {median(more):+.2f} [{low:.2f}, {high:.2f}]"
     )
-    return "last test accuracy (%), difference", here, "higher with BN", low > 0
+    return (
+        "last test accuracy (%), difference",
+        here,
+        "higher with BN",
+        above({"ci95": [low, high]}, 0),
+    )
 
 
-def steps(training: compare.Training, place: int) -> tuple[str, str, str, bool]:
+def steps(training: Training[Config], place: int) -> tuple[str, str, str, bool]:
     """To the target, which is the best of the baseline."""
-    from bn_jax.report.text import whole
-
     summary = training.summary
     medians = [a["steps_to_target"]["median"] for a in summary["arms"]]
     ratio = summary["speedup"][place - 1]["steps"]
@@ -174,11 +181,9 @@ def steps(training: compare.Training, place: int) -> tuple[str, str, str, bool]:
     return what, here, "fewer with BN", above(ratio, 1)
 
 
-def drifts(drift: dict, place: int) -> Any:
+def drifts(drift: dict, place: int) -> Iterator[tuple[str, str, str | None, bool]]:
     """Of the percentiles: each arm at its best point, then all at one rate after the other."""
-    from bn_jax.report.text import number
-
-    compared = [("drift, ratio", drift, STABLE)]
+    compared: list[tuple[str, dict, str | None]] = [("drift, ratio", drift, STABLE)]
     compared.append(("drift in the first tenth, ratio", drift["first_tenth"], None))
     compared += [(f"drift at {_rate(block)}, ratio", block, None) for block in drift["by_rate"]]
     for what, block, claim in compared:
@@ -190,7 +195,6 @@ def drifts(drift: dict, place: int) -> Any:
 
 def reason(drift: dict, place: int) -> str:
     """Where the ratio of drifts is largest and smallest, as the source leaves its rate open."""
-    from bn_jax.report.text import number
 
     def ratio(block):
         return block["times_smaller"][place - 1]["ratio"]
@@ -211,20 +215,16 @@ def above(ratio: dict, bound: float) -> bool:
 
 def _rate(block):
     """ "rate 0.1", with the initial scale where that is not 1."""
-    from bn_jax.report.text import number
-
     rate, scale = (block["arms"][0][field] for field in ("learning_rate", "init_scale"))
     return f"rate {number(rate)}" + (f", scale {number(scale)}" if scale != 1 else "")
 
 
 def _ratio(base, own, ratio, form):
     """ "4,500 / 900 = 5 [4, ∞]"; a median that was not reached is a "-", as is its ratio."""
-    from bn_jax.report.text import bracketed, number
-
     texts = ["-" if v is None else form(v) for v in (base, own)]
     value = "-" if ratio["ratio"] is None else number(ratio["ratio"])
     return f"{' / '.join(texts)} = {value} {bracketed(ratio['ci95'], number, '∞')}".rstrip()
 
 
 if __name__ == "__main__":
-    flags.main(Config, run)
+    flags.main(Config, "experiments.mnist_sigmoid")

@@ -16,11 +16,32 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from bn_jax.errors import UserError
-from experiments import arms, compare, flags, workdir
-from experiments.flags import flag
+from bn_jax.lab import flags
+from bn_jax.lab.config import Config as CompareConfig
+from bn_jax.lab.flags import flag
+
+if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
+    import jax
+    import numpy as np
+    from flax import linen as nn
+    from flax import traverse_util
+
+    from bn_jax.lab import arms, report, workdir
+    from bn_jax.lab.data import Dataset
+    from bn_jax.lab.experiment import Record
+    from bn_jax.lab.progress import Progress
+    from bn_jax.lab.report.page import write
+    from bn_jax.lab.report.terminal import print_summary
+    from bn_jax.lab.sweeps import Budget, Point
+    from bn_jax.lab.sweeps.engines import prepare
+    from bn_jax.lab.training.metrics import correct
+    from bn_jax.lab.training.run import Run, Swept
+    from bn_jax.surgery import recalibrate
+    from bn_jax.xla import set_up
+    from experiments.recalibration_figure import CAPTION, figure, table
 
 EXPERIMENT = "recalibration"
 QUESTION = "How many images do population statistics need?"
@@ -63,9 +84,15 @@ class Config(flags.Quick):
         None, "folder for the results; by default runs/recalibration/<time>"
     )
     overwrite: bool = flag(False, "delete the run that is in the workdir")
+    resume: bool = flag(True, "go on with the run in the workdir, if its flags are the same")
 
     def __post_init__(self):
         self.apply_quick()
+        flags.check_values(self)
+        if not self.learning_rate > 0:
+            raise UserError(f"--learning_rate={self.learning_rate}: it must be positive")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"--momentum={self.momentum}: it must be in [0, 1)")
         if not self.images or min(self.images) < 2 or sorted(self.images) != [*self.images]:
             raise UserError(
                 f"--images={self.images}: name counts of 2 or more, in ascending order"
@@ -76,12 +103,13 @@ class Config(flags.Quick):
             raise UserError(
                 f"--steps={self.steps}: the last half of them is averaged: at least 2"
             )
+        self.comparison()  # has the checks of the other flags
 
-    def comparison(self) -> compare.Config:
-        """The training of one arm, as `experiments.compare` would do it."""
-        named = {f.name for f in dataclasses.fields(compare.Config)}
+    def comparison(self) -> CompareConfig:
+        """The training of one arm, as a comparison would do it."""
+        named = {f.name for f in dataclasses.fields(CompareConfig)}
         same = {k: v for k, v in dataclasses.asdict(self).items() if k in named}
-        return compare.Config(
+        return CompareConfig(
             **same, arms=("bn",), eval_every=self.steps,
             learning_rates=(self.learning_rate,), momentums=(self.momentum,),
         )  # fmt: skip
@@ -89,13 +117,7 @@ class Config(flags.Quick):
 
 def run(config: Config) -> dict[str, Any]:
     """Measures, fills the workdir, prints the table; what `summary.json` holds comes back."""
-    from bn_jax.training.xla import set_up
-
     started = set_up()
-    import jax
-
-    from bn_jax.report import recalibration as pages
-
     training = config.comparison()
     dataset = arms.load_data(training)
     available = dataset.train.labels.size
@@ -104,27 +126,44 @@ def run(config: Config) -> dict[str, Any]:
             f"--images={max(config.images)}: {config.dataset} has {available} training images"
         )
     one = arms.build_run(training, arms.norm_arms()["bn"], dataset)
-    folder = workdir.create(config.workdir, EXPERIMENT, config.overwrite)
-    devices = [f"{d.platform}: {d.device_kind}" for d in jax.devices()]
-    settings = workdir.write_config(folder, config, EXPERIMENT, devices, **started)
-    records = measure(config, one, dataset, folder / "records.jsonl")
-    summary = {
-        "experiment": EXPERIMENT, "dataset": config.dataset, "model": config.model,
-        "training_images": available, "seeds": config.seeds, "arms": summarize(records),
-    }  # fmt: skip
-    pages.write(summary, settings, folder, QUESTION)
-    return summary
+    with workdir.entered(config, EXPERIMENT) as (folder, _):
+        if (finished := workdir.finished(folder)) is not None:
+            return finished
+        settings = workdir.write_config(folder, config, EXPERIMENT, **started)
+        records = measure(config, one, dataset, folder / "records.jsonl")
+        summary = {
+            "experiment": EXPERIMENT, "question": QUESTION, "dataset": config.dataset,
+            "model": config.model, "training_images": available, "seeds": config.seeds,
+            "arms": summarize(records),
+        }  # fmt: skip
+        summary["tables"] = [table(summary)]
+        figures = [("recalibration.png", CAPTION, figure(summary["arms"]))]
+        page = write(records, summary, settings, folder, figures)
+        print_summary(summary)
+        print(page)
+        return summary
 
 
-def measure(config: Config, one: Any, dataset: Any, path: Path) -> list[dict]:
-    """A record for every network, kind of weights and number of images, in the file at once."""
-    from bn_jax import report
-    from experiments.progress import Progress
+Variables = dict[str, Any]
 
+
+def measure(config: Config, one: Run, dataset: Dataset, path: Path) -> list[Record]:
+    """A record for every network, kind of weights and number of images, in the file at once.
+
+    Networks with all of their records there, of an earlier start, are not trained again.
+    """
     seeds = range(config.seed, config.seed + config.seeds)
-    records = []
-    with Progress(config.seeds) as progress, report.open_records(path) as file:
-        for seed in seeds:
+    records = report.read_records(path) if path.exists() else []
+    # Of each kind of weights those of `images`, of running statistics and of all images.
+    whole = len(WEIGHTS) * (len(config.images) + 2)
+    done = len(records) // whole
+    records = records[: done * whole]
+    with (
+        Progress(config.seeds) as progress,
+        report.rewrite_records(path, records) as file,
+    ):
+        progress.advance(done)
+        for seed in seeds[done:]:
             progress.describe(f"seed {seed}")
             of_run = trained(config, one, dataset, seed)
             for weights, variables in zip(WEIGHTS, of_run, strict=True):
@@ -135,36 +174,34 @@ def measure(config: Config, one: Any, dataset: Any, path: Path) -> list[dict]:
     return records
 
 
-def trained(config: Config, one: Any, dataset: Any, seed: int) -> tuple[Any, Any]:
+def trained(
+    config: Config, one: Run, dataset: Dataset, seed: int
+) -> tuple[Variables, Variables]:
     """The variables after training, and those with the average weights."""
-    import jax
-
-    from bn_jax.measure import Budget, Point
-    from experiments.single import train_one
-
-    mean, last, count = None, None, 0
 
     @jax.jit
     def averaged(mean, new, k):
         return jax.tree.map(lambda m, p: m + (p - m) / k, mean, new)
 
-    def see(step, state):
-        nonlocal mean, last, count
-        last = {"params": state.train.params, "batch_stats": state.train.batch_stats}
-        if step > config.steps // 2:
-            count += 1
-            mean = averaged(mean or last["params"], last["params"], count)
-
     point = Point(config.learning_rate, 1.0, config.momentum)
-    budget = Budget(config.steps, math.gcd(config.steps, AVERAGE_EVERY))
-    train_one(one, dataset, point, seed, budget, see, parallel=config.parallel)
+    every = math.gcd(config.steps, AVERAGE_EVERY)
+    budget = Budget(config.steps, every)
+    engine, chunk = prepare(one, dataset, [point], [seed], budget, config.parallel)
+    state, mean, count = engine.init(chunk), None, 0
+    for done in range(0, config.steps, every):
+        state = engine.advance(state, chunk, done)
+        if done + every > config.steps // 2:
+            params, count = engine.pick(state, 0, 0).train.params, count + 1
+            mean = averaged(mean or params, params, count)
+    train = engine.pick(state, 0, 0).train
+    last = {"params": train.params, "batch_stats": train.batch_stats}
     return last, {**last, "params": mean}
 
 
-def recalibrated(config: Config, one: Any, dataset: Any, variables: Any) -> list[dict]:
+def recalibrated(
+    config: Config, one: Run, dataset: Dataset, variables: Variables
+) -> list[Record]:
     """Error and accuracy with running statistics (images 0) and with those of more images."""
-    from bn_jax.training.run import Swept
-
     model = one.model(Swept(config.learning_rate, 1.0, config.momentum))
     everything = dataset.train.labels.size
     reference = recalibrate_with(config, model, dataset, variables, everything)
@@ -182,12 +219,10 @@ def recalibrated(config: Config, one: Any, dataset: Any, variables: Any) -> list
     ]
 
 
-def recalibrate_with(config, model, dataset, variables, count: int) -> Any:
+def recalibrate_with(
+    config: Config, model: nn.Module, dataset: Dataset, variables: Variables, count: int
+) -> Variables:
     """The variables with the statistics of the first `count` of the shuffled images."""
-    import jax
-
-    from bn_jax.surgery import recalibrate
-
     order = jax.random.permutation(jax.random.key(config.seed), dataset.train.labels.size)
     size = min(config.recalibration_batch, count)
     batches = (
@@ -197,15 +232,12 @@ def recalibrate_with(config, model, dataset, variables, count: int) -> Any:
     return recalibrate(model, variables, batches, train=True)
 
 
-def statistics_error(stats: Any, reference: Any) -> float:
+def statistics_error(stats: Variables, reference: Variables) -> float:
     """Root mean square over all features of the errors of mean and standard deviation.
 
     In units of the standard deviation of the reference: (mean - mean') / std' and
     std / std' - 1.
     """
-    import numpy as np
-    from flax import traverse_util
-
     flat, true = (traverse_util.flatten_dict(s) for s in (stats, reference))
     errors = []
     for *path, name in flat:
@@ -221,7 +253,7 @@ def statistics_error(stats: Any, reference: Any) -> float:
     return float(np.sqrt(np.mean(np.concatenate(errors) ** 2)))
 
 
-def accuracy(model: Any, variables: Any, dataset: Any) -> float:
+def accuracy(model: nn.Module, variables: Variables, dataset: Dataset) -> float:
     """Of the test set, a thousand examples at a time."""
     test, chunk = dataset.test, 1000
     hits = sum(
@@ -236,30 +268,25 @@ def accuracy(model: Any, variables: Any, dataset: Any) -> float:
 
 @functools.cache
 def _hits(model):
-    import jax
-
-    from bn_jax.training.metrics import correct
-
     return jax.jit(lambda v, x, y: correct(model.apply(v, x, train=False), y).sum())
 
 
-def summarize(records: list[dict]) -> list[dict]:
+def summarize(records: list[Record]) -> list[dict[str, Any]]:
     """For each kind of weights and number of images the median and the range over seeds."""
-    import numpy as np
+    runs: dict[tuple[str, int], list[Record]] = {}
+    for r in records:
+        runs.setdefault((r["weights"], r["images"]), []).append(r)
 
-    arms = dict.fromkeys((r["weights"], r["images"]) for r in records)
-
-    def spread(found, name):
-        values = [r[name] for r in found]
+    def spread(own, name):
+        values = [r[name] for r in own]
         return {"median": float(np.median(values)), "range": [min(values), max(values)]}
 
     return [
         {"weights": weights, "images": images}
-        | {name: spread(found, name) for name in ("statistics_error", "test_accuracy")}
-        for weights, images in arms
-        if (found := [r for r in records if (r["weights"], r["images"]) == (weights, images)])
+        | {name: spread(own, name) for name in ("statistics_error", "test_accuracy")}
+        for (weights, images), own in runs.items()
     ]
 
 
 if __name__ == "__main__":
-    flags.main(Config, run)
+    flags.main(Config, "experiments.recalibration")

@@ -14,33 +14,54 @@ Where dropout is of no use without BatchNorm, its removal with BatchNorm shows n
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+import itertools
+import statistics
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from bn_jax.errors import UserError
-from experiments import compare, crossed, flags
-from experiments.arms import chosen_arms, norm_arms
-from experiments.conduct import conduct
-from experiments.flags import flag
+from bn_jax.lab import flags
+from bn_jax.lab.config import Config as CompareConfig
+from bn_jax.lab.flags import flag
+
+if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
+    from bn_jax.lab import crossed
+    from bn_jax.lab.arms import Arm, chosen_arms, norm_arms
+    from bn_jax.lab.experiment import Training, run_experiment
+    from bn_jax.lab.findings import Findings, Published
+    from bn_jax.lab.report.plotting import add_legend, arm_styles, new_figure, tidy
+    from bn_jax.lab.report.text import number
+    from bn_jax.lab.sweeps import Point
+    from bn_jax.lab.watchers import Weights
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 EXPERIMENT = "regularisation"
 QUESTION = "Does BatchNorm make dropout obsolete on a small training set?"
 OBSOLETE = "dropout can be removed without more overfitting (Ioffe & Szegedy 2015, 4.2.1)"
 # By whether dropout helps without BatchNorm, and with it.
+NOTHING = "nothing to make obsolete, dropout does not clearly help without BatchNorm or with it"
 ANSWERS = {
     (True, False): "yes, dropout clearly helps without BatchNorm and not with it",
     (True, True): "no, dropout clearly helps with BatchNorm too",
     (False, True): "no, dropout clearly helps with BatchNorm and not without it",
-    (False, False): "nothing to make obsolete, dropout does not clearly help without "
-    "BatchNorm or with it",
+    (False, False): NOTHING,
 }
 REGULARISES = "BatchNorm regularises (Ioffe & Szegedy 2015, 3.4)"
+CAPTION = (
+    "Test accuracy, and by how much the accuracy on the training set is higher. A column for "
+    "every weight of the L2 penalty. Medians over the seeds with 95 % intervals, at the "
+    "learning rate that is best on the validation set. Norms are moved a little sideways so "
+    "that they do not hide each other."
+)
+PANELS = {"test_accuracy": "test accuracy (%)", "gap": "training - test (%)"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(compare.Config):
+class Config(CompareConfig):
     """Every flag of the experiment; see `python -m experiments.regularisation --help`."""
 
-    LISTS: ClassVar = (*compare.Config.LISTS, "dropouts", "l2s")
+    LISTS: ClassVar = (*CompareConfig.LISTS, "dropouts", "l2s")
     QUICK: ClassVar = {
         "dataset": "digits", "train_examples": 200, "dropouts": (0.0, 0.3), "l2s": (0.0, 0.01),
         "steps": 300, "learning_rates": (0.1,),
@@ -82,10 +103,8 @@ class Cell(NamedTuple):
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, fills the workdir, prints the tables; the summary comes back."""
-    from experiments.watchers import Weights
-
     weights = Weights()
-    return conduct(
+    return run_experiment(
         config, arms(config), experiment=EXPERIMENT, question=QUESTION, watch=weights,
         conclude=lambda training: conclude(training, weights.kept),
     )  # fmt: skip
@@ -93,44 +112,36 @@ def run(config: Config) -> dict[str, Any]:
 
 def cells(config: Config) -> list[Cell]:
     """All combinations."""
-    return [
-        Cell(norm, dropout, l2)
-        for norm in config.arms
-        for l2 in config.l2s
-        for dropout in config.dropouts
-    ]
+    product = itertools.product(config.arms, config.l2s, config.dropouts)
+    return [Cell(norm, dropout, l2) for norm, l2, dropout in product]
 
 
-def arms(config: Config) -> dict[str, compare.Arm]:
+def arms(config: Config) -> dict[str, Arm]:
     """Every combination, by its name."""
     for name, many in (("dropout", "dropouts"), ("l2", "l2s")):
         if getattr(config, name):
             raise UserError(f"--{name}: here --{many} has the values")
-    norms = chosen_arms(config, norm_arms())
+    norms = chosen_arms(config.arms, norm_arms())
     return {
         c.name: norms[c.norm]._replace(changes={"dropout": c.dropout, "l2": c.l2})
         for c in cells(config)
     }
 
 
-def conclude(training: compare.Training, weights: dict) -> compare.Extra:
+def conclude(training: Training[Config], weights: dict) -> Findings:
     """Accuracies and gaps of every combination, their differences, and the claims."""
-    from bn_jax.report.regularisation import CAPTION, accuracy_and_gap
-
     measured = measure(training, weights)
     combinations = [row(cell, own) for cell, own in measured.items()]
-    summary = {
-        "budget_steps": training.config.steps,
-        "combinations": combinations,
-        "tables": [table(combinations)],
-        "published": list(rows(training.config, measured)),
-    }
-    figure = accuracy_and_gap(combinations)
-    return compare.Extra(summary, (("accuracy_and_gap.png", CAPTION, figure),))
+    summary = {"budget_steps": training.config.steps, "combinations": combinations}
+    return Findings(
+        summary | {"tables": [table(combinations)]},
+        [*rows(training.config, measured)],
+        [("accuracy_and_gap.png", CAPTION, accuracy_and_gap(combinations))],
+    )
 
 
 class Measured(NamedTuple):
-    """Of one combination at its best rate: the rate, and by seed what was measured."""
+    """A combination at its best rate, by seed."""
 
     learning_rate: float
     validation: list[float]
@@ -139,34 +150,24 @@ class Measured(NamedTuple):
     diverged: int
 
 
-def measure(training: compare.Training, weights: dict) -> dict[Cell, Measured]:
-    """Of every combination at its best rate."""
-    from bn_jax.measure import Point
-
+def measure(training: Training[Config], weights: dict) -> dict[Cell, Measured]:
+    """Measures every combination at its best rate."""
+    found, train = cells(training.config), training.dataset.train
     # Dropout and L2 are no part of the network at inference: one program for each norm.
-    accuracy = {
-        cell.norm: crossed.accuracy(training, cell.name, training.dataset.train)
-        for cell in cells(training.config)
-    }
+    accuracy = {c.norm: crossed.accuracy(training, c.name, train) for c in found}
     best = crossed.best_runs(training.records)
-    measured = {}
-    for cell in cells(training.config):
-        runs = best[cell.name]
-        keys = [(cell.name, Point.of(r), r["seed"]) for r in runs]
-        test = [crossed.final(r) for r in runs]
-        # What has diverged has no accuracy, and no gap.
-        train = [
-            0.0 if r["diverged_at"] is not None else float(accuracy[cell.norm](weights[key]))
-            for r, key in zip(runs, keys, strict=True)
-        ]
-        measured[cell] = Measured(
-            runs[0]["learning_rate"],
-            [crossed.final(r, "validation_accuracy") for r in runs],
-            test,
-            [a - b for a, b in zip(train, test, strict=True)],
-            sum(r["diverged_at"] is not None for r in runs),
-        )
-    return measured
+    return {c: _measured(best[c.name], accuracy[c.norm], weights) for c in found}
+
+
+def _measured(runs, accuracy, weights):
+    keys = [(r["arm"], Point.of(r), r["seed"]) for r in runs]
+    # What has diverged has no accuracy, and no gap.
+    lost = [r["diverged_at"] is not None for r in runs]
+    train = [0.0 if d else float(accuracy(weights[k])) for d, k in zip(lost, keys, strict=True)]
+    test = [crossed.final(r) for r in runs]
+    gap = [a - b for a, b in zip(train, test, strict=True)]
+    validation = [crossed.final(r, "validation_accuracy") for r in runs]
+    return Measured(runs[0]["learning_rate"], validation, test, gap, sum(lost))
 
 
 def row(cell: Cell, own: Measured) -> dict[str, Any]:
@@ -183,11 +184,6 @@ def row(cell: Cell, own: Measured) -> dict[str, Any]:
 
 def table(combinations: list[dict]) -> dict[str, Any]:
     """A row for every combination."""
-    from bn_jax.report.text import estimate, number, percent
-
-    def text(value):
-        return estimate(value, percent, open_end="-", missing="-")
-
     return {
         "title": "Test accuracy, and by how much that on the training set is higher, at the "
         "best learning rate of every combination",
@@ -195,7 +191,8 @@ def table(combinations: list[dict]) -> dict[str, Any]:
         "rows": [
             [
                 c["norm"], number(c["dropout"]), number(c["l2"]), number(c["learning_rate"]),
-                text(c["test_accuracy"]), text(c["gap"]), f"{c['diverged']} of {c['seeds']}",
+                *(crossed.percent_cell(c[name]) for name in ("test_accuracy", "gap")),
+                f"{c['diverged']} of {c['seeds']}",
             ]
             for c in combinations
         ],
@@ -206,8 +203,8 @@ class Change(NamedTuple):
     """What the dropout of a combination does: estimates of the differences from none."""
 
     cell: Cell
-    accuracy: dict[str, Any]
-    gap: dict[str, Any]
+    accuracy: crossed.Spread
+    gap: crossed.Spread
 
     @property
     def helps(self) -> bool:
@@ -215,7 +212,7 @@ class Change(NamedTuple):
         return self.accuracy["ci95"][0] > 0 or self.gap["ci95"][1] < 0
 
 
-def rows(config: Config, measured: dict[Cell, Measured]) -> Any:
+def rows(config: Config, measured: dict[Cell, Measured]) -> Iterator[Published]:
     """What dropout does with each norm, and what BatchNorm does without dropout, at every L2.
 
     That dropout can be removed is not so if it helps with BatchNorm, is so if it helps without
@@ -226,10 +223,7 @@ def rows(config: Config, measured: dict[Cell, Measured]) -> Any:
     l2s = config.l2s if 0.0 in config.dropouts else ()
     found = {l2: changes(config, measured, l2) for l2 in l2s if any(config.dropouts)}
     if both and found:
-        yield {
-            "quantity": "Does BatchNorm make dropout obsolete?", "here": answer(found),
-            "source": None,
-        }  # fmt: skip
+        yield Published("Does BatchNorm make dropout obsolete?", answer(found), claim=False)
     for l2 in l2s:
         own = found.get(l2, {})
         for change in own.values():
@@ -238,12 +232,9 @@ def rows(config: Config, measured: dict[Cell, Measured]) -> Any:
             less = crossed.difference(
                 measured[Cell("bn", 0.0, l2)].gap, measured[Cell("none", 0.0, l2)].gap
             )
-            yield {
-                "quantity": f"gap with BatchNorm less that without, no dropout, L2 {l2:g}",
-                "here": crossed.points_text(less),
-                "source": REGULARISES,
-                "agrees": less["ci95"][1] < 0,
-            }
+            what = f"gap with BatchNorm less that without, no dropout, L2 {l2:g}"
+            regularises = less["ci95"][1] < 0
+            yield Published(what, crossed.points_text(less), REGULARISES, regularises)
 
 
 def changes(config: Config, measured: dict[Cell, Measured], l2: float) -> dict[str, Change]:
@@ -251,13 +242,10 @@ def changes(config: Config, measured: dict[Cell, Measured], l2: float) -> dict[s
     found = {}
     for norm in config.arms:
         dropped = [Cell(norm, d, l2) for d in config.dropouts if d]
-        best = max(dropped, key=lambda cell: _mean(measured[cell].validation))
+        best = max(dropped, key=lambda cell: statistics.fmean(measured[cell].validation))
         own, kept = measured[best], measured[Cell(norm, 0.0, l2)]
-        found[norm] = Change(
-            best,
-            crossed.difference(own.test, kept.test),
-            crossed.difference(own.gap, kept.gap),
-        )
+        accuracy = crossed.difference(own.test, kept.test)
+        found[norm] = Change(best, accuracy, crossed.difference(own.gap, kept.gap))
     return found
 
 
@@ -271,21 +259,42 @@ def answer(found: dict[float, dict[str, Change]]) -> str:
 
 
 def _dropout_row(change, without):
-    cell, bn = change.cell, change.cell.norm == "bn"
+    cell = change.cell
+    what = (
+        f"{cell.norm}, L2 {cell.l2:g}: dropout {cell.dropout:g} changes test accuracy, and gap"
+    )
+    here = "{}, gap {}".format(*map(crossed.points_text, (change.accuracy, change.gap)))
+    if cell.norm != "bn":
+        return Published(what, here)
     removable = False if change.helps else True if without and without.helps else None
-    texts = crossed.points_text(change.accuracy), crossed.points_text(change.gap)
-    return {
-        "quantity": f"{cell.norm}, L2 {cell.l2:g}: dropout {cell.dropout:g} changes test "
-        "accuracy, and gap",
-        "here": "{}, gap {}".format(*texts),
-        "source": OBSOLETE if bn else None,
-        "agrees": removable if bn else None,
-    }
+    return Published(what, here, OBSOLETE, removable)
 
 
-def _mean(values):
-    return sum(values) / len(values)
+def accuracy_and_gap(combinations: list[dict[str, Any]]) -> Figure:
+    """Against the dropout rate, a line for each norm; `combinations` as made by `row`."""
+    l2s, norms, dropouts = (
+        list(dict.fromkeys(c[k] for c in combinations)) for k in ("l2", "norm", "dropout")
+    )
+    styles = arm_styles(norms)
+    found = {(c["norm"], c["dropout"], c["l2"]): c for c in combinations}
+    figure = new_figure(width=1.2 + 2.0 * len(l2s), height=4.6)
+    panels = figure.subplots(2, len(l2s), sharex=True, sharey="row", squeeze=False)
+    for axes, (measure, label) in zip(panels, PANELS.items(), strict=True):
+        for ax, l2 in zip(axes, l2s, strict=True):
+            for i, norm in enumerate(norms):
+                x = [j + 0.12 * (i - (len(norms) - 1) / 2) for j in range(len(dropouts))]
+                values = [found[norm, dropout, l2][measure] for dropout in dropouts]
+                crossed.draw_percent(ax, x, values, label=norm, **styles[norm].line())
+            tidy(ax)
+            ax.set_xticks(range(len(dropouts)), list(map(number, dropouts)))
+        axes[0].set_ylabel(label)
+    for top, bottom, l2 in zip(*panels, l2s, strict=True):
+        top.set_title(f"L2 {number(l2)}", fontsize=10, loc="left")
+        bottom.set_xlabel("dropout")
+        bottom.set_xlim(-0.5, len(dropouts) - 0.5)
+    add_legend(figure, panels[0, 0])
+    return figure
 
 
 if __name__ == "__main__":
-    flags.main(Config, run)
+    flags.main(Config, "experiments.regularisation")

@@ -22,7 +22,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Most of the time of these is compilation, of which a third goes into making fast what runs
 # once. The formulas, layers and transformations are tested as they are compiled for users.
 HASTY = {
-    "benchmarks", "data", "experiments", "measure", "models", "surgery", "training",
+    "benchmarks", "data", "experiments", "lab", "models", "statistics", "surgery", "sweeps",
+    "training",
     "test_recipes",
 }  # fmt: skip
 
@@ -30,7 +31,7 @@ HASTY = {
 # Many cases of what changes seldom: some ten minutes. `pytest -m long` runs these alone,
 # `pytest -m ""` all; .ci/run a third of them, another one every day.
 LONG = {
-    "test_accumulate", "test_convert_jax", "test_convert_keras",
+    "test_accumulate", "test_convert_beside", "test_convert_keras",
     "test_convert_layers", "test_convert_torch", "test_diagnose_models",
     "test_diagnose_statistics", "test_diagnose_training", "test_flow", "test_fold",
     "test_foreign", "test_transformations",
@@ -62,7 +63,7 @@ def compilation(request):
 @pytest.fixture(autouse=True, scope="session")
 def one_device_unless_told():
     """The fake devices share two cores: what is not about them uses one."""
-    from bn_jax.measure import layouts
+    from bn_jax.lab.sweeps import layouts
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layouts, "automatic", lambda *sizes: "single")
@@ -72,7 +73,7 @@ def one_device_unless_told():
 @pytest.fixture(autouse=True, scope="session")
 def arrays_of_digits(tmp_path_factory):
     """Kept for the session, and not in the cache of whoever runs the tests."""
-    from bn_jax.data import dataset
+    from bn_jax.lab.data import dataset
 
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:

@@ -13,11 +13,12 @@ import numpy as np
 
 
 class Moments(NamedTuple):
-    """Mean, biased variance and sum of weights, each `[features]`; all 0 where unseen."""
+    """Mean, biased variance, sum w and sum w^2 / sum w, each `[features]`; 0 where unseen."""
 
     mean: np.ndarray
     var: np.ndarray
     count: np.ndarray
+    weight: np.ndarray
 
 
 class Gradients(NamedTuple):
@@ -56,7 +57,7 @@ def moments(x, axis=-1, mask=None) -> Moments:
         # The rounding of a sum of equal numbers is not to be their variance.
         mean += np.average(row - mean, weights=w) if w.size else 0.0
         var = np.average((row - mean) ** 2, weights=w) if w.size else 0.0
-        found.append((mean, var, w.sum()))
+        found.append((mean, var, w.sum(), np.average(w, weights=w) if w.size else 0.0))
     shape = features(x.shape, axis)
     return Moments(*(np.reshape(v, shape) for v in zip(*found, strict=True)))
 
@@ -100,7 +101,7 @@ def gradients(
         strict=True,
     )
     dx, dscale, dbias, depsilon = [], [], [], 0.0
-    for row, g, w, s, g_mean, g_var, mean, var, count in per_feature:
+    for row, g, w, s, g_mean, g_var, mean, var, count, _ in per_feature:
         std = math.sqrt(var + epsilon)
         to_mean = w / count if count else np.zeros_like(w)
         to_var = 2 * to_mean * (row - mean)
@@ -124,31 +125,52 @@ def ema(old, new, momentum, count) -> np.ndarray:
     return np.where(np.asarray(count) > 0, momentum * old + (1 - momentum) * new, old)
 
 
-def debiased_ema(start, batches, counts, momentum) -> np.ndarray:
+def debiased_ema(start, batches, seen, momentum) -> np.ndarray:
     """sum_i momentum^(t-i) batch_i / sum_i momentum^(t-i), `start` where nothing was seen.
 
-    Haiku's hidden / (1 - momentum^t) without its difference; t counts the batches that had
-    elements of the feature.
+    Haiku's hidden / (1 - momentum^t) without its difference; t counts the batches in which
+    the feature was `seen`.
     """
     total, weight = np.zeros_like(start), np.zeros_like(start)
-    for batch, count in zip(batches, counts, strict=True):
-        seen = np.asarray(count) > 0
-        total = np.where(seen, momentum * total + batch, total)
-        weight = np.where(seen, momentum * weight + 1, weight)
+    for batch, now in zip(batches, seen, strict=True):
+        total = np.where(now, momentum * total + batch, total)
+        weight = np.where(now, momentum * weight + 1, weight)
     return np.where(weight > 0, total / np.maximum(weight, 1), start)
 
 
-def cumulative_mean(start, batches, counts) -> np.ndarray:
-    """The mean over the batches that had elements of the feature; `start` where none had."""
-    seen = np.stack([np.broadcast_to(count, start.shape) > 0 for count in counts])
+def cumulative_mean(start, batches, seen) -> np.ndarray:
+    """The mean over the batches in which the feature was `seen`; `start` where it never was."""
+    seen = np.stack([np.broadcast_to(v, start.shape) for v in seen])
     t = np.sum(seen, axis=0)
     total = np.sum(np.where(seen, batches, 0), axis=0)
     return np.where(t > 0, total / np.maximum(t, 1), start)
 
 
-def unbiased(var, count) -> np.ndarray:
-    """n/(n-1) var, and 0 for n <= 1."""
-    return np.where(count > 1, count * var / np.where(count > 1, count - 1, 1), 0)
+def has_variance(count, weight=1) -> np.ndarray:
+    """Whether there was more than one element, of whatever weights."""
+    return np.asarray(count) > (1 + 1e-5) * np.asarray(weight)
+
+
+def unbiased(var, count, weight=1) -> np.ndarray:
+    """n/(n-1) var with n = sum w / weight elements of equal weight, and 0 for n <= 1."""
+    some = has_variance(count, weight)
+    n = np.asarray(count, np.float64) / np.where(some, weight, 1)
+    return np.where(some, n * var / np.where(some, n - 1, 1), 0)
+
+
+def unbiased_by_pairs(x, axis=-1, mask=None) -> np.ndarray:
+    """Half the mean of (x_i - x_j)^2 over i != j with weights w_i w_j; 0 where there are none.
+
+    Its expectation is the variance, whatever the weights are.
+    """
+    weights = to_rows(1 if mask is None else mask, np.shape(x), axis)
+    found = []
+    for row, w in zip(to_rows(x, np.shape(x), axis), weights, strict=True):
+        row, w = row[w > 0], w[w > 0] / max(w.max(), 1e-300)
+        pairs = np.outer(w, w) * (1 - np.eye(w.size))
+        squares = (row[:, None] - row) ** 2 / 2
+        found.append(np.average(squares, weights=pairs) if w.size > 1 else 0.0)
+    return np.reshape(found, features(np.shape(x), axis))
 
 
 def merge(*parts: Moments) -> Moments:
@@ -157,7 +179,8 @@ def merge(*parts: Moments) -> Moments:
     some = np.where(count > 0, count, 1)
     mean = sum(p.count * np.asarray(p.mean, np.float64) for p in parts) / some
     square = sum(p.count * (p.var + np.asarray(p.mean, np.float64) ** 2) for p in parts)
-    return Moments(mean, square / some - mean**2, count)
+    weight = sum(np.asarray(p.count, np.float64) * p.weight for p in parts) / some
+    return Moments(mean, square / some - mean**2, count, weight)
 
 
 def replicas(x, axis=-1, mask=None, groups=None) -> list[Moments]:

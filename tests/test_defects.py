@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from experiments.defects import FRAMEWORKS, Case, answer, by_default, defects, installed
+from experiments.defects import (
+    FRAMEWORKS,
+    Case,
+    answer,
+    by_default,
+    defects,
+    installed,
+)
 from experiments.defects.flax_layers import EPSILON, NNX, Linen
 from experiments.defects.peers import load
 

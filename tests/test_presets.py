@@ -152,7 +152,7 @@ class Paper(Layer):
 
     def statistics(self, variables):
         """line 10: E[x] = E_B[mean_B], Var[x] = m/(m-1) E_B[var_B]"""
-        mean, var, m = (np.array(v) for v in zip(*variables["seen"], strict=True))
+        mean, var, m, _ = (np.array(v) for v in zip(*variables["seen"], strict=True))
         return mean.mean(0), np.mean(m / (m - 1) * var, axis=0)
 
 

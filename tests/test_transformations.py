@@ -23,7 +23,6 @@ from networks import (
     FEATURES,
     GROUP,
     HOMES,
-    INPUTS,
     KINDS,
     SEEDS,
     assert_close,
@@ -38,7 +37,6 @@ from networks import (
     loop,
     loss,
     mesh,
-    network,
     scan,
     start,
 )
@@ -233,31 +231,6 @@ def test_derivatives(kind, home, x64):
         want = derivatives("equations", kind)
     for name in want:
         np.testing.assert_allclose(got[name], want[name], 1e-8, 1e-8, err_msg=name)
-
-
-@every_home
-@every_kind
-def test_eval_shape_computes_nothing(kind, home):
-    n, state = 10**12, start(kind)
-    x, target = (jax.ShapeDtypeStruct((n, size), jnp.bfloat16) for size in (INPUTS, FEATURES))
-    after, y = jax.eval_shape(build(home, kind), state, x, target)
-    assert described(after) == described(state)
-    assert (y.shape, y.dtype) == ((n, FEATURES), jnp.float32)
-
-
-# Of a symbolic size the number of ghost batches is not known.
-@every_home
-@pytest.mark.parametrize(
-    ("kind", "train"),
-    [*((kind, False) for kind in KINDS), ("BatchNorm", True), ("BatchRenorm", True)],
-)
-def test_exported_for_any_batch_size(kind, train, home):
-    x, apply = data()[0][0], functools.partial(network, HOMES[home](kind), *start(kind))
-    apply = functools.partial(apply, train=train)
-    any_size = jax.ShapeDtypeStruct((*export.symbolic_shape("n"), INPUTS), x.dtype)
-    program = export.export(jax.jit(apply))(any_size)
-    for n in (2, EXAMPLES):
-        assert_close(program.call(x[:n]), apply(x[:n]), 1e-6)
 
 
 # Ghost batches need an axis of examples.

@@ -30,7 +30,7 @@ class Mlp(nn.Module):
 
 
 class CifarA(nn.Module):
-    """BatchNorm after each ReLU, as in `bn_jax.models.CifarA`."""
+    """BatchNorm after each ReLU, as in `bn_jax.lab.models.CifarA`."""
 
     features: tuple[int, ...]
 

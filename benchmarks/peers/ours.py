@@ -12,12 +12,12 @@ import numpy as np
 import optax
 
 from benchmarks.peers.task import CLASSES, Task
-from bn_jax.data import Dataset, Split, augmentation, batch_indices
+from bn_jax.lab.data import Dataset, Split, augmentation, batch_indices
+from bn_jax.lab.models import MLP, CifarA
+from bn_jax.lab.sweeps import Budget, Point, engines
+from bn_jax.lab.training.run import Run, RunState, Swept
 from bn_jax.linen import BatchNorm
-from bn_jax.measure import Budget, Point, engines
-from bn_jax.models import MLP, CifarA
-from bn_jax.training.run import Run, RunState, Swept
-from bn_jax.training.xla import set_up
+from bn_jax.xla import set_up
 
 # What an experiment does before it computes.
 START = (set_up,)

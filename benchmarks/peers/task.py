@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 CLASSES = 10
-SHIFT = 3  # pixels of 32: `bn_jax.data.augment.SHIFT`
+SHIFT = 3  # pixels of 32: `bn_jax.lab.data.augment.SHIFT`
 
 
 class Task(NamedTuple):
@@ -15,7 +15,7 @@ class Task(NamedTuple):
 
     Attributes:
       network: `mlp` (sigmoids with BatchNorm before each; SGD) or `cifar_a`
-        (`bn_jax.models.CifarA`; Adam).
+        (`bn_jax.lab.models.CifarA`; Adam).
       features: as the network has them.
       image: height, width and channels.
       images: of an epoch.

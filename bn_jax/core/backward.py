@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bn_jax.core.arrays import apart, weigh
+from bn_jax.core.arrays import apart, counts, in_units, inverse_std, weigh
 
 
 class Arguments(NamedTuple):
@@ -62,19 +62,23 @@ def tangent(
     x, w, scale, bias, epsilon = at
     wide = mean.dtype
     dx = d.x.astype(wide)
-    r = lax.rsqrt(var + epsilon)
+    r = inverse_std(var, epsilon)
     gain = r if scale is None else r * scale
 
+    n = jnp.where(count != 0, count, jnp.inf)
+    if w is not None:
+        w, of_w = in_units(w, reduced)
+        # A sum of weights that overflowed has no derivative: divided by it all would be 0.
+        n = jnp.where(count < jnp.inf, n / of_w, jnp.nan)
+
     def average(v):
-        return jnp.sum(weigh(v, w), axis=reduced, keepdims=True) / jnp.where(
-            count > 0, count, 1
-        )
+        return jnp.sum(weigh(v, w), axis=reduced, keepdims=True) / n
 
     s = unit(var)
     if w is not None:
         # Padding may hold anything, and its dx is 0: a product that is NaN must not reach
         # the sums.
-        x = jnp.where((w > 0) | jnp.isfinite(s * (x.astype(wide) - mean)), x, 0)
+        x = jnp.where(counts(w) | jnp.isfinite(s * (x.astype(wide) - mean)), x, 0)
     again, x = apart(x, mean).astype(wide), x.astype(wide)
     # Not one x - mean for both: XLA would store it and read it back. Nor a factor beside it
     # in the second, which transposed is the sum of (x - mean) y' that XLA on CPU can fuse.

@@ -10,16 +10,31 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from bn_jax.core import sync as _sync
-from bn_jax.core.arrays import Axes, examples_axis, feature_shape, split_axes, weights
+from bn_jax.core.arrays import (
+    Axes,
+    as_axes,
+    at_least_one,
+    examples_axis,
+    feature_shape,
+    promoting,
+    shape_of,
+    shard,
+    sharded_like,
+    split_axes,
+    weights,
+)
 from bn_jax.core.batch_norm import normalize
 from bn_jax.core.moments import Moments, moments
+from bn_jax.core.numbers import check_epsilon
 
 
+@promoting
 def domain_batch_norm(
     x: jax.Array,
     domain: jax.Array,
@@ -28,7 +43,7 @@ def domain_batch_norm(
     bias: jax.Array | None = None,
     *,
     axis: Axes = -1,
-    epsilon: float = 1e-5,
+    epsilon: jax.Array | float = 1e-5,
     mask: jax.Array | None = None,
     axis_name: Hashable | None = None,
     sync: Callable[..., Moments] = _sync.sync,
@@ -39,12 +54,13 @@ def domain_batch_norm(
     each example.
 
     Args:
-      x, axis, epsilon, mask, axis_name, sync: as in `batch_norm`; examples lie along the
+      x, axis, mask, axis_name, sync: as in `batch_norm`; examples lie along the
         first axis of x that is not a feature axis.
       domain: `[examples]` int, 0 to num_domains - 1. Examples of another number count
         nowhere, and their y and its derivatives are NaN; padding is for the mask.
       num_domains: D.
       scale, bias: `[features]`, shared, or `[D, features]`.
+      epsilon: a number, or an array like scale.
 
     Returns:
       y of x's shape, and the Moments of each domain: `[D, features]`, count `[D]` or `[D,
@@ -53,18 +69,15 @@ def domain_batch_norm(
     Raises:
       TypeError, ValueError: as `batch_norm`; or a domain that is not one int per example.
     """
-    x = jnp.asarray(x)
+    x, axis = jnp.asarray(x), as_axes(axis)
+    num_domains = at_least_one(num_domains=num_domains)
     first, domain = _check_domain(x, domain, num_domains, axis)
     each = _moments_of_examples(x, first, axis, weights(x, mask))
-    # A scalar count of each example against means of [examples, features].
-    narrow = range(each.count.ndim, each.mean.ndim)
-    each = each._replace(count=jnp.expand_dims(each.count, tuple(narrow)))
 
     def total(tree):
-        return jax.tree.map(lambda v: jax.ops.segment_sum(v, domain, num_domains), tree)
+        return jax.tree.map(lambda v: _of_each_domain(v, domain, num_domains), tree)
 
     local = _sync.pool(each, total, functools.partial(_of_each_example, domain=domain))
-    local = local._replace(count=local.count.squeeze(tuple(narrow)))
     batch = local if axis_name is None else jax.vmap(lambda m: sync(m, axis_name))(local)
     y = domain_normalize(
         x, domain, batch.mean, batch.var, scale, bias, axis=axis, epsilon=epsilon
@@ -72,6 +85,7 @@ def domain_batch_norm(
     return y, batch
 
 
+@promoting
 def domain_normalize(
     x: jax.Array,
     domain: jax.Array,
@@ -81,35 +95,46 @@ def domain_normalize(
     bias: jax.Array | None = None,
     *,
     axis: Axes = -1,
-    epsilon: float = 1e-5,
+    epsilon: jax.Array | float = 1e-5,
 ) -> jax.Array:
     """`normalize` of each example with the statistics `[D, features]` of its domain.
 
     Arguments as in `domain_batch_norm`. This is inference with running statistics.
     """
-    x = jnp.asarray(x)
-    first, domain = _check_domain(x, domain, jnp.shape(mean)[0], axis)
+    x, axis = jnp.asarray(x), as_axes(axis)
+    check_epsilon(epsilon)
     features = feature_shape(x.shape, axis)
+    num_domains = next(iter(shape_of(mean)), 0)
+    first, domain = _check_domain(x, domain, num_domains, axis)
     others = tuple(a - (a > first) for a in split_axes(x.shape, axis)[1] if a != first)
 
-    def widened(name, v):
-        if v is None or (jnp.shape(v) == features and name in ("scale", "bias")):
+    def widened(name: str, v: Any) -> Any:
+        shared = [features] * (name not in ("mean", "var")) + [()] * (name == "epsilon")
+        if v is None or shape_of(v) in shared:
             return v
-        if jnp.shape(v) != (jnp.shape(mean)[0], *features):
+        if shape_of(v) != (num_domains, *features):
             raise ValueError(
-                f"{name} of shape {jnp.shape(v)} for {jnp.shape(mean)[0]} domains and "
+                f"{name} of shape {shape_of(v)} for {num_domains} domains and "
                 f"{features} features"
             )
         v = _of_each_example(v, domain)
         return jax.vmap(lambda row: jnp.expand_dims(row, others), out_axes=first)(v)
 
-    given = {"mean": mean, "var": var, "scale": scale, "bias": bias}
-    wide = {name: widened(name, v) for name, v in given.items()}
-    return normalize(x, **wide, axis=axis, epsilon=epsilon)
+    given = {"mean": mean, "var": var, "scale": scale, "bias": bias, "epsilon": epsilon}
+    return normalize(x, **{name: widened(name, v) for name, v in given.items()}, axis=axis)
+
+
+def _of_each_domain(v, domain, num_domains):
+    """The sums over the examples of every domain."""
+    return jax.ops.segment_sum(v, domain, num_domains, out_sharding=sharded_like(v, None))
 
 
 def _of_each_example(v, domain):
-    return jnp.asarray(v).at[domain].get(mode="fill", fill_value=jnp.nan)
+    v = jnp.asarray(v)
+    (examples,) = jax.typeof(domain).sharding.spec
+    return v.at[domain].get(
+        mode="fill", fill_value=jnp.nan, out_sharding=sharded_like(v, examples)
+    )
 
 
 def _moments_of_examples(x, first, axis, w):
@@ -117,6 +142,7 @@ def _moments_of_examples(x, first, axis, w):
     kept = tuple(a - (a > first) for a in split_axes(x.shape, axis)[0])
     if w is not None:
         w = jnp.broadcast_to(w, (*w.shape[:first], x.shape[first], *w.shape[first + 1 :]))
+        w = shard(w, jax.typeof(x).sharding.spec[first], first)
 
     def one(x, mask):
         return moments(x, axis=kept, mask=mask)

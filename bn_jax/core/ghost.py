@@ -14,11 +14,25 @@ import jax.numpy as jnp
 from jax import lax
 
 from bn_jax.core import sync as _sync
-from bn_jax.core.arrays import Axes, check_some, examples_axis, weights, widen
+from bn_jax.core.arrays import (
+    Axes,
+    as_axes,
+    at_least_one,
+    check_some,
+    examples_axis,
+    promoting,
+    shard,
+    shards,
+    weights,
+    widen,
+    widen_epsilon,
+)
 from bn_jax.core.batch_norm import batch_norm, refuse_single
 from bn_jax.core.moments import Moments
+from bn_jax.core.numbers import check_epsilon
 
 
+@promoting
 def ghost_batch_norm(
     x: jax.Array,
     scale: jax.Array | None = None,
@@ -27,6 +41,7 @@ def ghost_batch_norm(
     group_size: int,
     strided: bool = False,
     axis: Axes = -1,
+    epsilon: jax.Array | float = 1e-5,
     mask: jax.Array | None = None,
     axis_name: Hashable | None = None,
     allow_single: bool = False,
@@ -37,13 +52,13 @@ def ghost_batch_norm(
     Examples lie along the first axis of x that is not a feature axis.
 
     Args:
-      x, scale, bias, axis, mask, allow_single: as in `batch_norm`.
+      x, scale, bias, axis, epsilon, mask, allow_single: as in `batch_norm`.
       group_size: examples in a group, at most; where it does not divide the batch the last
         group, or with `strided` the last groups, are smaller.
       strided: of G groups example i is in group i mod G, in place of runs of neighbours.
       axis_name: mapped axis over which the batch is laid out, device after device. A group
         is of the whole batch: part of a device's examples, or those of several devices.
-      **options: epsilon, activation, dtype and sync of `batch_norm`.
+      **options: activation, dtype and sync of `batch_norm`.
 
     Returns:
       y of x's shape, and the Moments of every group of the whole batch, `[groups,
@@ -54,17 +69,19 @@ def ghost_batch_norm(
       TypeError, ValueError: as `batch_norm`; a group_size below 1, or one that does not
         fit the devices.
     """
-    x = jnp.asarray(x)
+    x, axis = jnp.asarray(x), as_axes(axis)
     check_some(x)
     first = examples_axis(x, axis)
-    if group_size < 1:
-        raise ValueError(f"group_size={group_size}: a group has at least one example")
+    group_size = check_groups(group_size, strided)
+    check_epsilon(epsilon)
     if "axis_index_groups" in options:
         raise ValueError("axis_index_groups with ghost batches: group_size makes the groups")
     options = {"axis": axis, "allow_single": True, **options}
-    given = x, *widen(x, axis, scale=scale, bias=bias), weights(x, mask)
+    vectors = *widen(x, axis, scale=scale, bias=bias), widen_epsilon(x, axis, epsilon)
+    given = x, *vectors, weights(x, mask)
     n, size = x.shape[first], 1 if axis_name is None else lax.axis_size(axis_name)
-    group_size = min(group_size, n * size)
+    if isinstance(n, int):  # known (`jax.export`); else the last group is filled up
+        group_size = min(group_size, n * size)
     devices = _devices_in_a_group(n, size, group_size, strided)
     examples = n if devices == 1 else n * size
     groups = -(-examples // group_size)
@@ -81,6 +98,18 @@ def ghost_batch_norm(
         return y, batch
     everyone = _sync.gather(batch, axis_name)
     return y, jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), everyone)
+
+
+def check_groups(group_size: int, strided: bool) -> int:
+    """group_size, an integer of at least 1.
+
+    Raises:
+      TypeError: another kind of group_size or of strided.
+      ValueError: a smaller one.
+    """
+    if not isinstance(strided, bool):
+        raise TypeError(f"strided={' '.join(repr(strided).split())}: it must be a bool")
+    return at_least_one(group_size=group_size)
 
 
 def _devices_in_a_group(n, size, group_size, strided):
@@ -104,11 +133,12 @@ def _devices_in_a_group(n, size, group_size, strided):
 
 def _spanning(given, devices, size, axis_name, options):
     """Each run of `devices` devices is one group, the last one perhaps shorter."""
-    x, scale, bias, mask = given
+    x, scale, bias, epsilon, mask = given
+    options = {"epsilon": epsilon, "mask": mask, **options}
     every = list(range(size))
     together = [every[i : i + devices] for i in range(0, size, devices)]
     y, batch = batch_norm(
-        x, scale, bias, mask=mask, axis_name=axis_name, axis_index_groups=together, **options
+        x, scale, bias, axis_name=axis_name, axis_index_groups=together, **options
     )
     everyone = _sync.gather(batch, axis_name)
     return y, jax.tree.map(lambda v: v[::devices], everyone)
@@ -116,28 +146,32 @@ def _spanning(given, devices, size, axis_name, options):
 
 def _split(given, first, groups, per_group, strided, options):
     """vmap over the groups, of which the last is filled up with masked examples."""
-    x, scale, bias, mask = given
-    n = x.shape[first]
+    x, *vectors, mask = given
+    n, names = x.shape[first], jax.typeof(x).sharding.spec[first]
     padding = groups * per_group - n
     if padding:
         real = jnp.arange(n).reshape([-1 if a == first else 1 for a in range(x.ndim)]) >= 0
         mask = real if mask is None else jnp.broadcast_to(mask, _at(mask.shape, first, n))
 
+    # On an explicit mesh a sharded axis is split into parts that devices share out evenly.
+    even = not padding and (per_group if strided else groups) % shards(x, first) == 0
+
     def split(v):
-        if v is None or v.shape[first] == 1 != n:
+        if v is None or jnp.ndim(v) == 0 or v.shape[first] == 1 != n:
             return v, None
+        v = shard(v, names if even else None, first)
         v = jnp.pad(v, [(0, padding if a == first else 0) for a in range(v.ndim)])
         parts = (per_group, groups) if strided else (groups, per_group)
         return v.reshape(*v.shape[:first], *parts, *v.shape[first + 1 :]), first + strided
 
-    def one_group(x, scale, bias, mask):
-        return batch_norm(x, scale, bias, mask=mask, **options)
+    def one_group(x, scale, bias, epsilon, mask):
+        return batch_norm(x, scale, bias, epsilon=epsilon, mask=mask, **options)
 
-    parts, in_axes = zip(*map(split, (x, scale, bias, mask)), strict=True)
+    parts, in_axes = zip(*map(split, (x, *vectors, mask)), strict=True)
     out_axes = first + strided, 0
     y, batch = jax.vmap(one_group, in_axes, out_axes)(*parts)
     y = y.reshape(_at(x.shape, first, groups * per_group))
-    return lax.slice_in_dim(y, 0, n, axis=first), batch
+    return shard(lax.slice_in_dim(y, 0, n, axis=first), names, first), batch
 
 
 def _at(shape, axis, size):

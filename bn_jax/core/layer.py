@@ -12,10 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from bn_jax.core.batch_norm import normalize
+from bn_jax.core.eager import one_program
 from bn_jax.core.moments import Moments
-from bn_jax.core.running import BatchStats, each, ema, skip_nonfinite
+from bn_jax.core.numbers import check_epsilon, check_momentum
+from bn_jax.core.running import BatchStats, cumulative_mean, each, ema, skip_nonfinite
 
 
 def forward(
@@ -40,17 +43,12 @@ def forward(
       use_running_average: normalise by `stats`, and return them as they are.
       initializing: one example and no mapped axis are customary, and nothing is learnt.
     """
-    common = {
-        "axis": layer.axis, "epsilon": layer.epsilon,
-        "activation": layer.activation, "dtype": layer.dtype,
-    }  # fmt: skip
+    common = {n: getattr(layer, n) for n in ("axis", "epsilon", "activation", "dtype")}
     if use_running_average:
         return normalize(x, stats.mean, stats.var, scale, bias, **common), stats
-    y, batch = function(
-        x, scale=scale, bias=bias, mask=mask, **common,
-        **({} if initializing else _replicas(layer)),
-        allow_single=layer.allow_single or initializing,
-    )  # fmt: skip
+    common |= {} if initializing else _replicas(layer)
+    common |= {"allow_single": layer.allow_single or initializing}
+    y, batch = function(x, scale=scale, bias=bias, mask=mask, **common)
     return y, stats if initializing else updated(layer, stats, batch)
 
 
@@ -59,9 +57,20 @@ def counts_updates(layer: Any) -> bool:
     return layer.estimator is not ema or callable(layer.momentum)
 
 
-def initial_stats(layer: Any, features: tuple[int, ...], dtype: Any) -> BatchStats:
+def initial_stats(layer: Any, features: tuple[int, ...], dtype: DTypeLike) -> BatchStats:
     """What the layer starts from; other averages than `ema` count for each feature."""
     return BatchStats.create(features, dtype, per_feature=layer.estimator is not ema)
+
+
+def check_settings(layer: Any) -> None:
+    """Raises a TypeError or ValueError that names a setting which makes no sense.
+
+    momentum is a number or a schedule, or None for `cumulative_mean`, which has none.
+    """
+    without = layer.momentum is None and layer.estimator is cumulative_mean
+    if not (callable(layer.momentum) or without):
+        check_momentum(layer.momentum)
+    check_epsilon(layer.epsilon)
 
 
 def check_call(layer: Any, **given: jax.Array | None) -> None:
@@ -78,16 +87,25 @@ def updated(layer: Any, stats: BatchStats, batch: Moments) -> BatchStats:
     """The running statistics after a batch, or after one group of Moments after another."""
     batch = jax.lax.stop_gradient(batch)
     batch = skip_nonfinite(batch) if layer.skip_nonfinite else batch
-    estimator = functools.partial(
-        layer.estimator, momentum=layer.momentum, unbiased=layer.unbiased
-    )
-    grouped = batch.mean.ndim > stats.mean.ndim
-    return each(estimator, stats, batch) if grouped else estimator(stats, batch)
+    settings = {"momentum": layer.momentum, "unbiased": layer.unbiased}
+    if batch.mean.ndim > stats.mean.ndim:
+        return _after_groups((layer.estimator, *settings.values()), stats, batch)
+    return layer.estimator(stats, batch, **settings)
 
 
-def stats_dtype(x: jax.Array) -> Any:
-    """Of the running mean: float32 whatever x is, or complex64."""
-    return jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32
+@one_program
+def _after_groups(settings, stats, groups):
+    estimator, momentum, unbiased = settings
+    one = functools.partial(estimator, momentum=momentum, unbiased=unbiased)
+    return each(one, stats, groups)
+
+
+def dtype_of_stats(param_dtype: DTypeLike, *, of_complex: bool) -> jnp.dtype:
+    """The dtype of the running mean: the wider of float32 and param_dtype, real or complex."""
+    wide = jnp.finfo(jax.dtypes.canonicalize_dtype(param_dtype)).dtype == jnp.float64
+    if of_complex:
+        return jnp.dtype(jnp.complex128 if wide else jnp.complex64)
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
 def _replicas(layer):

@@ -4,7 +4,8 @@ With weights w_i (1 where there is no mask) and n = sum_i w_i, per feature
 
     mean = 1/n sum_i w_i x_i        var = 1/n sum_i w_i |x_i - mean|^2
 
-`var` is biased (Ioffe & Szegedy 2015, Algorithm 1).
+`var` is biased (Ioffe & Szegedy 2015, Algorithm 1). Weights say how much an element tells, in
+any unit: three elements of weight 1/3 are three elements, as those of weight 1 are.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 
 from bn_jax.core import sync as _sync
 from bn_jax.core.arrays import (
@@ -24,9 +25,15 @@ from bn_jax.core.arrays import (
     abs2,
     accumulation_dtype,
     apart,
-    element_count,
+    check_some,
+    counts,
+    in_units,
     is_stored_wide,
+    per_feature,
+    promoting,
+    sharing,
     split_axes,
+    sum_of_weights,
     weigh,
     weights,
 )
@@ -36,7 +43,14 @@ ON_CHIP = 64 << 20  # bytes that XLA may keep on a TPU's chip, of 128 MiB there
 NEAR = 2  # |mean| / std
 
 
-class Moments(NamedTuple):
+class _Fields(NamedTuple):
+    mean: jax.Array
+    var: jax.Array
+    count: jax.Array  # type: ignore  # not the method of tuples
+    weight: jax.Array
+
+
+class Moments(_Fields):
     """Mean, biased variance and number of elements of each feature.
 
     Attributes:
@@ -44,14 +58,25 @@ class Moments(NamedTuple):
         (complex64 or complex128 of complex input).
       var: `[features]`, real, never negative.
       count: sum of the weights, float; of shape `[]`, or `[features]` where the mask
-        differs between features. 0 means that nothing was seen: `mean` and `var` are 0.
+        differs between features. 0 means that nothing was seen: the others are 0, too.
+      weight: sum_i w_i^2 / sum_i w_i, of count's shape: 1 where weights are 0 and 1, and what
+        is taken where it is not given. count / weight is the number of elements of equal
+        weight that tell as much (Kish 1965), whatever the unit of the weights.
     """
 
-    mean: jax.Array
-    var: jax.Array
-    count: jax.Array
+    __slots__ = ()
+
+    def __new__(cls, mean: Any, var: Any, count: Any, weight: Any = None):
+        if weight is None and count is not None:
+            weight = jnp.ones_like(count)
+        return super().__new__(cls, mean, var, count, weight)  # type: ignore[reportArgumentType]
 
 
+# A program read in another process needs this module imported first, as `bn_jax.Moments` does.
+export.register_namedtuple_serialization(Moments, serialized_name="bn_jax.Moments")
+
+
+@promoting
 def moments(
     x: jax.Array,
     *,
@@ -68,13 +93,15 @@ def moments(
     x - c and |x - c|^2 with c the mean of a sample of x, so that neither waits for the
     other (with a mask c is the mean of all of x, in a pass of its own; on TPUs and one CPU c
     is 0 for a large x whose features all have |mean| up to 2 std). Where the sum
-    of the squares passes 3.4e38 (a std of 1e17, say, of 3e4 elements) `var` is inf.
+    of the squares passes 3.4e38 (a std of 1e17, say, of 3e4 elements) `var` is inf, and
+    what is normalised by it NaN.
 
     Args:
       x: floating-point or complex array of any rank.
       axis: the feature axis, or axes, to keep.
-      mask: bool, or non-negative weights; of x's rank and broadcastable to its shape.
-        Where it is 0 the value of x does not matter, NaN included.
+      mask: bool, or non-negative weights, of any size whose sum is a float; of x's rank and
+        broadcastable to its shape. Where it is 0 the value of x does not matter, NaN
+        included. A weight that is negative, infinite or NaN makes what it has a part in NaN.
       axis_name: mapped axis (or axes) of `jax.pmap`, `jax.shard_map` or `jax.vmap` to
         gather over; every replica counts with the number of its elements.
       axis_index_groups: groups of indices within that axis, as `jax.lax.psum` takes them
@@ -88,39 +115,39 @@ def moments(
     """
     x = jnp.asarray(x)
     _, reduced = split_axes(x.shape, axis)
-    alike = mask is None or jnp.asarray(mask).dtype == jnp.bool_
-    local = _local_moments(x, reduced, weights(x, mask), alike)
+    check_some(x)
+    local = _local_moments(x, reduced, weights(x, mask))
     return local if axis_name is None else sync(local, axis_name, axis_index_groups)
 
 
+@promoting
 def merge(a: Moments, b: Moments) -> Moments:
     """The moments of two disjoint sets of elements from the moments of each.
 
         n = n_a + n_b    mean = mean_a + n_b/n (mean_b - mean_a)
         var = n_a/n var_a + n_b/n var_b + n_a/n n_b/n |mean_b - mean_a|^2
 
-    Associative and commutative to rounding; Moments of count 0 are the identity.
+    and the weight as the mean. Associative and commutative to rounding; Moments of count 0
+    are the identity.
     Source: Chan, Golub & LeVeque 1979, "Updating formulae", equation 2.1.
     """
     count = a.count + b.count
-    part_b = b.count / jnp.where(count > 0, count, 1)
+    part_b = b.count / jnp.where(count != 0, count, 1)
     part_a = 1 - part_b
     delta = b.mean - a.mean
     # Not of one that is empty, whose distance is the other's mean: its square may be inf.
-    apart = jnp.where((a.count > 0) & (b.count > 0), delta, 0)
+    apart = jnp.where((a.count != 0) & (b.count != 0), delta, 0)
     return Moments(
         mean=a.mean + part_b * delta,
         var=part_a * a.var + part_b * b.var + part_a * part_b * abs2(apart),
         count=count,
+        weight=a.weight + part_b * (b.weight - a.weight),
     )
 
 
-def _local_moments(
-    x: jax.Array, reduced: tuple[int, ...], w: jax.Array | None, alike: bool
-) -> Moments:
-    """Of x with weights w, which are all 1 or 0 if `alike`."""
-    count = element_count(x, reduced, w)
-    some = jnp.where(count > 0, count, 1)
+def _local_moments(x: jax.Array, reduced: tuple[int, ...], w: jax.Array | None) -> Moments:
+    alike = w is None or w.dtype == jnp.bool_
+    w, count, weight, some = _totals(x, reduced, w, alike)
 
     def average(v):
         return jnp.sum(weigh(v, w), axis=reduced) / some
@@ -129,7 +156,7 @@ def _local_moments(
 
     def twice(x):
         # Here and not only in the sums: the derivative of a weight of 0 times NaN is NaN.
-        return _twice(x if w is None else jnp.where(w > 0, x, 0), dtype)
+        return _twice(x if w is None else jnp.where(counts(w), x, 0), dtype)
 
     # Of x as it came: one that is converted or masked XLA would store, on a TPU to slice it,
     # everywhere to branch.
@@ -139,20 +166,42 @@ def _local_moments(
         shift = _sample_mean(x, reduced, dtype) if w is None else average(first)
         return _about(shift, first, second, reduced, average)
 
-    if not _raw_sums_first(x):
-        return Moments(*about_sample(x), count)
-    first, second = twice(x)
-    raw = first, abs2(second)
-    # Both are 0 where w is: a boolean mask needs no product more, for which XLA on CPU would
-    # store float32 arrays.
-    sums = ((v if alike else w * v).sum(reduced) for v in raw)
-    mean, square = (total / some for total in sums)
-    var = square - abs2(mean)
-    # The difference has 1 + mean^2 / var times the relative error of its terms; of a constant
-    # 3e18 the sum of squares is inf, and of 3e-20 it is 0.
-    std = jnp.sqrt(jnp.maximum(var, 0))
-    near = jnp.all((jnp.abs(mean) <= NEAR * std) & (var < jnp.inf))
-    return Moments(*lax.cond(near, lambda x: (mean, var), about_sample, x), count)
+    def raw_first(x):
+        first, second = twice(x)
+        # Both are 0 where w is: a boolean mask needs no product more, for which XLA on CPU
+        # would store float32 arrays.
+        sums = (
+            (v if w is None or alike else w * v).sum(reduced) for v in (first, abs2(second))
+        )
+        mean, square = (total / some for total in sums)
+        var = square - abs2(mean)
+        # The difference has 1 + mean^2 / var times the relative error of its terms; of a
+        # constant 3e18 the sum of squares is inf, and of 3e-20 it is 0.
+        std = jnp.sqrt(jnp.maximum(var, 0))
+        near = jnp.all((jnp.abs(mean) <= NEAR * std) & (var < jnp.inf))
+        return lax.cond(near, lambda x: (mean, var), about_sample, x)
+
+    if raw := dict.fromkeys(_raw_sums_first(x), raw_first):
+        mean, var = lax.platform_dependent(x, **raw, default=about_sample)
+    else:
+        mean, var = about_sample(x)
+    return Moments(mean, var, count, weight)
+
+
+def _totals(x, reduced, w, alike) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
+    """w in units of its own, count and weight, and by what the sums with that w are divided."""
+    w, unit = (w, 1) if alike else in_units(w, reduced)
+    total = sum_of_weights(x, reduced, w)
+    if alike:
+        count, weight = total, jnp.minimum(total, 1)
+    else:
+        unit = per_feature(jnp.squeeze(unit, reduced), x, reduced)
+        some = jnp.where(total != 0, total, 1)
+        count, weight = total * unit, sum_of_weights(x, reduced, w**2) / some * unit
+        # Below the smallest number it would be 0, as if there were no end of elements.
+        weight = jnp.where((weight == 0) & (count != 0), jnp.nan, weight)
+    # The sum of tiny weights may be 0 where that in their unit is not.
+    return w, count, weight, jnp.where(count != 0, total, jnp.inf)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -184,8 +233,8 @@ def _about(shift, first, second, reduced, average):
     return shift.reshape(error.shape) + error, var
 
 
-def _raw_sums_first(x):
-    """Whether to sum x and x^2, and x - c only if a feature's mean is far from 0.
+def _raw_sums_first(x) -> tuple[str, ...]:
+    """The platforms on which to sum x and x^2, and x - c only if a mean is far from 0.
 
     On CPU XLA sums x itself in less than half the time of x - c: up to a fifth of a layer's
     forward and backward pass. Of a small x the branch takes what it saves, and under vmap, as
@@ -196,10 +245,9 @@ def _raw_sums_first(x):
     take or none: a CPU's fake devices are spared that.
     """
     if not isinstance(x.size, int):  # not known yet (`jax.export`)
-        return False
-    if jax.default_backend() == "tpu":
-        return x.size * x.dtype.itemsize > ON_CHIP
-    return jax.default_backend() == "cpu" and jax.device_count() == 1 and x.size >= LARGE
+        return ()
+    tpu = ("tpu",) if x.size * x.dtype.itemsize > ON_CHIP else ()
+    return tpu if x.size < LARGE or sharing(x) > 1 else ("cpu", *tpu)
 
 
 def _sample_mean(x, reduced, dtype):

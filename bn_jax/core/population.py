@@ -10,8 +10,9 @@ from collections.abc import Iterable
 
 import jax.numpy as jnp
 
+from bn_jax.core.arrays import promoting
 from bn_jax.core.moments import Moments, merge
-from bn_jax.core.running import unbiased_var
+from bn_jax.core.running import unbiased_var, with_variance
 
 
 def algorithm_2(batches: Iterable[Moments]) -> Moments:
@@ -21,13 +22,18 @@ def algorithm_2(batches: Iterable[Moments]) -> Moments:
 
     E_B weights a batch by its count n_B, which is Algorithm 2 for batches of one size and
     does not let a small last batch count like a full one. How the means of the batches
-    differ is in neither term: `pooled` has it.
+    differ is in neither term: `pooled` has it. A batch with one element of a feature has a
+    mean of it only; where no batch has a variance, the result has none (`has_variance`).
 
     Raises:
       ValueError: there are no batches.
     """
-    counted = (batch._replace(var=unbiased_var(batch)) for batch in batches)
-    return _reduce(_average, counted)
+    batches = list(batches)
+    whole = pooled(batches)
+    measured = ((unbiased_var(batch), with_variance(batch).count) for batch in batches)
+    var, measured = functools.reduce(_average, measured)
+    weight = jnp.where(measured != 0, whole.weight, whole.count)
+    return whole._replace(var=var, weight=weight)
 
 
 def pooled(batches: Iterable[Moments]) -> Moments:
@@ -36,17 +42,14 @@ def pooled(batches: Iterable[Moments]) -> Moments:
     Raises:
       ValueError: there are no batches.
     """
-    return _reduce(merge, batches)
-
-
-def _average(a, b):
-    count = a.count + b.count
-    part = b.count / jnp.where(count > 0, count, 1)
-    return Moments(a.mean + part * (b.mean - a.mean), a.var + part * (b.var - a.var), count)
-
-
-def _reduce(f, batches):
     batches = list(batches)
     if not batches:
         raise ValueError("population statistics of no batches")
-    return functools.reduce(f, batches)
+    return functools.reduce(merge, batches)
+
+
+@promoting
+def _average(a, b):
+    (value, n), (other, m) = a, b
+    part = m / jnp.where(n + m != 0, n + m, 1)
+    return value + part * (other - value), n + m

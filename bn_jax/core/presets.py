@@ -12,6 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from bn_jax.core.arrays import promoting
 from bn_jax.core.moments import Moments
 from bn_jax.core.running import (
     BatchStats,
@@ -20,9 +21,11 @@ from bn_jax.core.running import (
     debiased_ema,
     debiased_weight,
     ema,
+    with_variance,
 )
 
 
+@promoting
 def equinox_ema(
     stats: BatchStats, moments: Moments, *, momentum: float = 0.99, unbiased: bool = False
 ) -> BatchStats:
@@ -34,7 +37,7 @@ def equinox_ema(
     """
     new = debiased_weight(stats, momentum)
     old = jnp.where(stats.count == 0, momentum / (1 - momentum), 1 - new)
-    return blend(stats, moments, old, new, unbiased)
+    return blend(stats, with_variance(moments), old, new, unbiased)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -42,11 +45,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "torch": {"estimator": ema, "momentum": 0.9, "epsilon": 1e-5, "unbiased": True},
     "keras": {"estimator": ema, "momentum": 0.99, "epsilon": 1e-3, "unbiased": False},
     "haiku": {"estimator": debiased_ema, "epsilon": 1e-5, "unbiased": False},
-    "equinox": {
-        "estimator": equinox_ema, "momentum": 0.99, "epsilon": 1e-5, "unbiased": False,
-    },
+    "equinox": {"estimator": equinox_ema, "momentum": 0.99, "epsilon": 1e-5, "unbiased": False},
     "paper": {"estimator": cumulative_mean, "epsilon": 1e-5, "unbiased": True},
-}  # fmt: skip
+}
 
 
 def preset(framework: str, fields: dict[str, Any]) -> dict[str, Any]:

@@ -7,17 +7,18 @@ import operator
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+
+from bn_jax.core.arrays import apart
 
 
 def rounded_sum(*terms: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """The sum, in dtype, of arrays of one shape and one (wider) dtype.
 
     As `sum(terms).astype(dtype)`. Transposed, that would give every term one and the same
-    cotangent in the wider dtype; here it comes to each by a conversion of its own, behind an
-    optimization barrier, which XLA can take into whatever sum the term is transposed to.
+    cotangent in the wider dtype; here it comes to each by a conversion of its own, on CPU from
+    another name, which XLA can take into whatever sum the term is transposed to.
     """
     return _rounded_sum.bind(*terms, dtype=dtype)
 
@@ -31,7 +32,7 @@ def _transposed(cotangent, *terms, dtype):
     for term in terms:
         linear = ad.is_undefined_primal(term)
         found.append(cotangent.astype(term.aval.dtype) if linear else None)
-        cotangent = lax.optimization_barrier(cotangent)
+        cotangent = apart(cotangent)
     return found
 
 

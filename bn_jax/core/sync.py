@@ -4,8 +4,8 @@ A replica counts with the number of its elements, so that one whose mask leaves 
 no say. Both functions have one meaning, `bn_jax.merge` over the replicas; they differ in
 the number of collectives and in what those carry (C features, D replicas):
 
-    sync        two all-reduces, of C + 1 and of C numbers
-    sync_once   one all-reduce of D (2 C + 1) numbers: where latency is all that counts
+    sync        two all-reduces, of C + 2 and of C numbers
+    sync_once   one all-reduce of D (2 C + 2) numbers: where latency is all that counts
 
 One all-reduce of (n, sum x, sum x^2) would do too, and be wrong by a factor of 6 at
 |mean| = 1e4 std.
@@ -20,11 +20,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from bn_jax.core.arrays import abs2
+from bn_jax.core.arrays import abs2, promoting
 
 Groups = Sequence[Sequence[int]] | None
 
 
+@promoting
 def sync(local, axis_name: Hashable, axis_index_groups: Groups = None):
     """Every replica gets the Moments of all replicas' elements, by two all-reduces.
 
@@ -36,17 +37,19 @@ def sync(local, axis_name: Hashable, axis_index_groups: Groups = None):
     return pool(local, lambda v: all_reduce(v, axis_name, axis_index_groups))
 
 
+@promoting
 def sync_once(local, axis_name: Hashable, axis_index_groups: Groups = None):
     """`sync` by one all-reduce, in which every replica has a slot of its own."""
     everyone = gather(local, axis_name)
     if axis_index_groups is not None:
         group = _group_of_each(axis_index_groups, lax.axis_size(axis_name))
         mine = group == group[lax.axis_index(axis_name)]
-        mine = mine.reshape((-1,) + (1,) * jnp.ndim(local.count))
+        mine = mine.reshape((-1,) + (1,) * local.count.ndim)
         everyone = everyone._replace(count=jnp.where(mine, everyone.count, 0))
     return pool_first_axis(everyone)
 
 
+@promoting
 def gather(tree, axis_name: Hashable):
     """The trees of all replicas, along a new first axis, by one all-reduce.
 
@@ -57,22 +60,19 @@ def gather(tree, axis_name: Hashable):
     return jax.vmap(unravel)(lax.psum(slots, axis_name))
 
 
+@promoting
 def pool_first_axis(parts):
     """`merge` of Moments that lie along the first axis: `[parts, ...]` to `[...]`."""
-    count = parts.count
-    # A scalar count of each against means of [parts, features].
-    count = jnp.expand_dims(count, tuple(range(count.ndim, parts.mean.ndim)))
-    pooled = pool(parts._replace(count=count), lambda v: jax.tree.map(_over_first, v))
-    return parts._replace(
-        mean=pooled.mean[0], var=pooled.var[0], count=jnp.sum(parts.count, axis=0)
-    )
+    pooled = pool(parts, lambda v: jax.tree.map(_over_first, v))
+    return jax.tree.map(lambda v: v[0], pooled)
 
 
+@promoting
 def pool(parts, total: Callable, each: Callable = lambda mean: mean):
     """The Moments of all elements from those of parts, given how to sum over the parts.
 
         n = sum n_i    mean = sum n_i mean_i / n
-        var = sum n_i (var_i + |mean_i - mean|^2) / n
+        var = sum n_i (var_i + |mean_i - mean|^2) / n    weight = sum n_i weight_i / n
 
     Parts of count 0 have no say, whatever their mean is, NaN and infinity included.
 
@@ -81,14 +81,17 @@ def pool(parts, total: Callable, each: Callable = lambda mean: mean):
       total: from a tree of arrays to the tree of their sums over the parts.
       each: from what `total` returns to one for each part, where they differ in shape.
     """
-    seen = parts.count > 0
-    own, var = (jnp.where(seen, v, 0) for v in (parts.mean, parts.var))
-    count, weighted = total((parts.count, parts.count * own))
-    some = jnp.where(count > 0, count, 1)
+    # A scalar count of each against means of [parts, features].
+    narrow = tuple(range(parts.count.ndim, parts.mean.ndim)) if parts.count.ndim else ()
+    n, weight = (jnp.expand_dims(v, narrow) for v in (parts.count, parts.weight))
+    own, var = (jnp.where(n != 0, v, 0) for v in (parts.mean, parts.var))
+    count, squares, weighted = total((n, n * weight, n * own))
+    some = jnp.where(count != 0, count, 1)
     mean = weighted / some
-    away = jnp.where(seen, own - each(mean), 0)
-    spread = total(parts.count * (var + abs2(away)))
-    return parts._replace(mean=mean, var=spread / some, count=count)
+    away = jnp.where(n != 0, own - each(mean), 0)
+    spread = total(n * (var + abs2(away)))
+    count, weight = (jnp.squeeze(v, narrow) for v in (count, squares / some))
+    return parts._replace(mean=mean, var=spread / some, count=count, weight=weight)
 
 
 def all_reduce(tree, axis_name: Hashable, axis_index_groups: Groups = None):

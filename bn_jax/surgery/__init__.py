@@ -6,13 +6,14 @@ an operation is a function of it that changes nothing in place.
 
 from bn_jax.surgery import convert
 from bn_jax.surgery.accumulate import accumulate, accumulate_exactly
+from bn_jax.surgery.calls import Adapter
 from bn_jax.surgery.diagnose import Finding, diagnose, findings_to_json
 from bn_jax.surgery.fold import fold
 from bn_jax.surgery.freeze import decay_mask, freeze, frozen_mask
 from bn_jax.surgery.recalibrate import recalibrate, reset
-from bn_jax.surgery.versions import migrate, stamp
 
 __all__ = [
+    "Adapter",
     "Finding",
     "accumulate",
     "accumulate_exactly",
@@ -23,8 +24,6 @@ __all__ = [
     "fold",
     "freeze",
     "frozen_mask",
-    "migrate",
     "recalibrate",
     "reset",
-    "stamp",
 ]

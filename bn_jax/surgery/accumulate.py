@@ -16,15 +16,14 @@ import jax
 import jax.numpy as jnp
 
 from bn_jax.core.arrays import abs2
-from bn_jax.core.layer import updated
 from bn_jax.core.moments import Moments
-from bn_jax.core.running import BatchStats, ema
-from bn_jax.surgery.intercept import GHOSTS, RENORMS, Model
-from bn_jax.surgery.layers import input_moments
-from bn_jax.surgery.micro_batches import Forward, merged, named, scan, zeros
-from bn_jax.surgery.tree import get_stats, join, like, set_leaves, split
+from bn_jax.surgery.calls import GHOSTS, RENORMS, BatchNorms
+from bn_jax.surgery.intercept import Model, known
+from bn_jax.surgery.micro_batches import forward, named, scan, zeros
+from bn_jax.surgery.observe import Inputs, merged, used
+from bn_jax.surgery.tree import join, like, split
 
-Loss = Callable[[Any, Any], jax.Array]
+Loss = Callable[[Any, Any], Any]
 
 
 def accumulate(
@@ -32,8 +31,11 @@ def accumulate(
     variables: Any,
     loss: Loss,
     micro_batches: tuple[Any, Any],
+    *,
+    has_aux: bool = False,
+    batch_norms: BatchNorms | None = None,
     **call: Any,
-) -> tuple[jax.Array, Any, Any]:
+) -> tuple[Any, Any, Any]:
     """Value, gradients and variables of a step whose micro-batches are batches by themselves.
 
         value, gradients = mean over micro-batches of loss(output, targets), and its gradient
@@ -56,36 +58,37 @@ def accumulate(
       loss: (output, targets) to the mean over the examples of a micro-batch, `[]`.
       micro_batches: (inputs, targets) with a first axis of micro-batches. Inputs are an
         array, or the tuple of the model's positional arguments, a mask among them.
+      has_aux: whether the loss returns (value, aux), as in `jax.value_and_grad`.
+      batch_norms: further classes of BatchNorms; see `Adapter`.
       **call: what the model is called with besides, alike for all micro-batches; but each
         has keys of its own from Linen's `rngs`, by `jax.random.fold_in` of its number.
         (NNX has its streams in the variables, where they move on.)
 
     Returns:
-      The mean loss; its gradients, of the structure of `params` (NNX: State of nnx.Param);
-      and the variables, of which the parameters are as they were.
+      The mean loss, or with `has_aux` that and aux of all micro-batches, along a new first
+      axis; its gradients, of the structure of `params` (NNX: State of nnx.Param); and the
+      variables, of which the parameters are as they were.
 
     Raises:
-      ValueError: a BatchNorm within remat, scan or jit of Flax, or micro-batches of
-        different numbers.
+      ValueError: a BatchNorm of a class that is not known, or within a scan or vmap that its
+        Moments do not come out of; or micro-batches of different numbers.
     """
-    forward, (params, state) = Forward(model, call), split(variables)
+    micro_batches = (Inputs.of(micro_batches[0]), micro_batches[1])
+    forward, params, state = _split(model, variables, micro_batches[0], batch_norms, call)
 
     def one(state, number, inputs, targets):
         def value(params):
-            output, calls, after = forward(params, state, number, inputs, None)
-            return loss(output, targets), (list(map(input_moments, calls)), after)
+            output, seen, after = forward.moving(params, state, number, inputs)
+            value, aux = loss(output, targets) if has_aux else (loss(output, targets), ())
+            return value, (aux, seen, after)
 
-        (value, (seen, after)), gradients = jax.value_and_grad(value, has_aux=True)(params)
-        return gradients, (value, seen), after
+        (value, (aux, seen, after)), gradients = jax.value_and_grad(value, has_aux=True)(params)
+        return gradients, (value, aux, seen), after
 
-    calls = forward.calls(params, state, micro_batches)
-    total, (values, seen), state = scan(one, zeros(params), state, micro_batches)
-    state = _moved(state, calls, map(merged, seen))
-    return (
-        values.mean(),
-        _mean(total, params, len(values)),
-        like(variables, join(params, state)),
-    )
+    total, (values, aux, seen), state = scan(one, zeros(params), state, micro_batches)
+    batches = [(path, merged(seen[number, path])) for number, path in sorted(seen)]
+    state = forward.moved(params, state, batches)
+    return _results(values, aux, has_aux, total, variables, params, state)
 
 
 def accumulate_exactly(
@@ -93,8 +96,11 @@ def accumulate_exactly(
     variables: Any,
     loss: Loss,
     micro_batches: tuple[Any, Any],
+    *,
+    has_aux: bool = False,
+    batch_norms: BatchNorms | None = None,
     **call: Any,
-) -> tuple[jax.Array, Any, Any]:
+) -> tuple[Any, Any, Any]:
     """Value, gradients and variables of the step on all micro-batches as one batch.
 
     The activations of one micro-batch are in memory at a time. With s_k the Moments, over
@@ -115,34 +121,52 @@ def accumulate_exactly(
     what is masked must be finite.
 
     Raises:
-      ValueError: as `accumulate`; a GhostBatchNorm or BatchRenorm, or an axis_name.
+      ValueError: as `accumulate`; a GhostBatchNorm or BatchRenorm; a layer within a scan or
+        vmap, or with an axis_name that is bound.
     """
-    forward, (params, state) = Forward(model, call), split(variables)
+    micro_batches = (Inputs.of(micro_batches[0]), micro_batches[1])
+    forward, params, state = _split(model, variables, micro_batches[0], batch_norms, call)
     calls = forward.calls(params, state, micro_batches)
-    _refuse([call for call, _ in calls])
+    _refuse([call for call, _ in calls], forward.axes)
     stats: list[Moments] = []
     for _ in calls:
         stats.append(_next_moments(forward, params, state, stats, micro_batches))
-    sums, values, after = _gradient(forward, loss, params, state, stats, micro_batches)
+    loss = loss if has_aux else _without_aux(loss)
+    sums, (values, aux), after = _gradient(forward, loss, params, state, stats, micro_batches)
     for k in reversed(range(len(calls))):
         total, (*adjoints, mine) = sums
         link = functools.partial(_link, stats[k], mine)
         sums = total, adjoints
         sums = _through_moments(forward, link, params, state, stats[:k], sums, micro_batches)
-    state = _moved(after, calls, stats)
-    return (
-        values.mean(),
-        _mean(sums[0], params, len(values)),
-        like(variables, join(params, state)),
-    )
+    seen = zip(calls, stats, strict=True)
+    state = forward.moved(params, after, [(c.path, s) for (c, moves), s in seen if moves])
+    return _results(values, aux, has_aux, sums[0], variables, params, state)
+
+
+def _split(model, variables, inputs, batch_norms, call):
+    """The model as a function, its parameters, and its other variables."""
+    norms = known(batch_norms)
+    first = jax.tree.map(lambda v: v[0], inputs)
+    axes = used(model, variables, *first.args, norms=norms, **call).axes
+    return forward(model, variables, norms, axes, call), *split(variables)
+
+
+def _results(values, aux, has_aux, total, variables, params, state):
+    value = (values.mean(), aux) if has_aux else values.mean()
+    gradients = jax.tree.map(lambda t, p: (t / len(values)).astype(p.dtype), total, params)
+    return value, gradients, like(variables, join(params, state))
+
+
+def _without_aux(loss):
+    return lambda output, targets: (loss(output, targets), ())
 
 
 def _next_moments(forward, params, state, stats, micro_batches):
     """Of the first call that is without statistics, over all micro-batches."""
 
     def one(state, number, inputs, _):
-        _, calls, after = forward(params, state, number, inputs, stats)
-        return (), input_moments(calls[len(stats)]), after
+        _, moments, after = forward.normalized_by(params, state, number, inputs, stats)
+        return (), moments, after
 
     return merged(scan(one, (), state, micro_batches)[1])
 
@@ -152,12 +176,13 @@ def _gradient(forward, loss, params, state, stats, micro_batches):
 
     def one(state, number, inputs, targets):
         def value(params, stats):
-            output, _, after = forward(params, state, number, inputs, stats)
-            return loss(output, targets), after
+            output, _, after = forward.normalized_by(params, state, number, inputs, stats)
+            value, aux = loss(output, targets)
+            return value, (aux, after)
 
         of = jax.value_and_grad(value, (0, 1), has_aux=True)
-        (value, after), gradients = of(params, stats)
-        return gradients, value, after
+        (value, (aux, after)), gradients = of(params, stats)
+        return gradients, (value, aux), after
 
     return scan(one, zeros((params, stats)), state, micro_batches)
 
@@ -167,8 +192,8 @@ def _through_moments(forward, link, params, state, stats, sums, micro_batches):
 
     def one(state, number, inputs, _):
         def value(params, stats):
-            _, calls, after = forward(params, state, number, inputs, stats)
-            return link(input_moments(calls[len(stats)])), after
+            _, moments, after = forward.normalized_by(params, state, number, inputs, stats)
+            return link(moments), after
 
         gradients, after = jax.grad(value, (0, 1), has_aux=True)(params, stats)
         return gradients, (), after
@@ -178,41 +203,20 @@ def _through_moments(forward, link, params, state, stats, sums, micro_batches):
 
 def _link(whole, adjoint, part):
     """What a part adds to the whole's mean and variance, times their adjoints."""
-    share = part.count / jnp.where(whole.count > 0, whole.count, 1)
+    share = part.count / jnp.where(whole.count != 0, whole.count, 1)
     square = part.var + abs2(part.mean - whole.mean)
     return jnp.sum(share * (adjoint.mean * part.mean + adjoint.var * square).real)
 
 
-def _mean(total, params, size):
-    return jax.tree.map(lambda t, p: (t / size).astype(p.dtype), total, params)
-
-
-def _moved(state, calls, moments):
-    """The state after one update of running statistics for each call that makes one."""
-    for (call, moves), batch in zip(calls, moments, strict=True):
-        if moves and not isinstance(call.layer, GHOSTS):
-            stats = get_stats(state, call.path)
-            before = BatchStats(**{"count": jnp.int32(0)} | stats)
-            after = _update(call.layer, before, batch)
-            new = {name: getattr(after, name) for name in stats}
-            state = set_leaves(state, {call.path: new})
-    return state
-
-
-def _update(layer, stats, batch):
-    if hasattr(layer, "estimator"):
-        return updated(layer, stats, batch)
-    return ema(stats, batch, momentum=layer.momentum)
-
-
-def _refuse(calls):
+def _refuse(calls, unbound):
     for call in calls:
         if isinstance(call.layer, (*GHOSTS, *RENORMS)):
             raise ValueError(
                 f"{named(call)} normalises by more, or less, than the batch: use accumulate"
             )
-        if call.layer.axis_name is not None:
+        axis_name = getattr(call.layer, "axis_name", None)
+        if axis_name is not None and axis_name not in unbound:
             raise ValueError(
-                f"{named(call)} has axis_name={call.layer.axis_name!r}: shard the examples "
+                f"{named(call)} has axis_name={axis_name!r}: shard the examples "
                 "under jit, without it"
             )

@@ -13,27 +13,26 @@ or after it, whose inputs it scales:
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
+from flax import nnx
 
-from bn_jax.core.arrays import feature_shape, widen
-from bn_jax.surgery import kernels
+from bn_jax.surgery import compare, kernels
+from bn_jax.surgery.calls import BatchNorms, Call, Path, attributes, left_alone, spelled
 from bn_jax.surgery.flow import Flow, trace
-from bn_jax.surgery.intercept import (
-    BATCH_NORMS,
-    Call,
-    Model,
-    Path,
-    apply,
-    attributes,
-    intercept,
-    spelled,
-)
-from bn_jax.surgery.tree import get_leaves, replace_leaves
+from bn_jax.surgery.freeze import Pattern, matching
+from bn_jax.surgery.intercept import Model, Run, Variables, evaluation, intercept, known
+from bn_jax.surgery.tree import Leaves, layer_leaves, replace_leaves
+
+# Of `tolerance`, what a model that computes in float64 throughout may differ by.
+_EXACT = 1e-3
 
 
 class Pair(NamedTuple):
@@ -52,12 +51,12 @@ class Folded(NamedTuple):
       variables: for that model.
       pairs: what was folded into what, in the order of the calls.
       refused: of every other BatchNorm the reason.
-      difference: the largest difference of the two models' outputs on the sample, in terms
-        of the largest absolute output.
+      difference: the largest difference of the two models' outputs, on the sample and on
+        noise like it, in terms of the largest absolute value of the same feature.
     """
 
     model: Model
-    variables: Any
+    variables: Variables
     pairs: list[Pair]
     refused: dict[Path, str]
     difference: float
@@ -65,9 +64,11 @@ class Folded(NamedTuple):
 
 def fold(
     model: Model,
-    variables: Any,
+    variables: Variables,
     *inputs: Any,
     tolerance: float = 1e-3,
+    exclude: Pattern = (),
+    batch_norms: BatchNorms | None = None,
     **call: Any,
 ) -> Folded:
     """Absorbs every BatchNorm that can be into the linear layer before it, or after it.
@@ -80,98 +81,219 @@ def fold(
         folded = fold(model, variables, images, train=False)
         logits = folded.model.apply(folded.variables, images, train=False)
 
+    The two models are compared on the sample and on noise like it. Where the model can
+    compute in float64, it does so too, and each number that it returns is compared by its
+    own scale, to a thousandth of `tolerance`, or to what rounding makes of the network if
+    that is more. A BatchNorm that changes more is refused.
+
     Args:
       model, variables: see `bn_jax.surgery`.
       *inputs: a sample: what the model is called with at inference.
       tolerance: the largest `difference` to put up with. In bfloat16 outputs differ by 1e-2.
+      exclude: BatchNorms that stay, by a pattern as `freeze` takes it.
+      batch_norms: further classes of BatchNorms; see `Adapter`.
       **call: what puts the model into inference mode, `train=False` for instance.
 
     Raises:
-      ValueError: the outputs differ by more than that.
+      ValueError: values of the sample are not finite, or what the model returns is NaN.
     """
-    flow = trace(model, variables, *inputs, **call)
-    pairs, refused = [], {}
-    for path in flow.before:
-        pair = _pair(flow, variables, path)
-        if isinstance(pair, Pair):
-            pairs.append(pair)
-        else:
-            refused[path] = pair
-    new, folded = _without(model, variables, flow, pairs)
-    difference = _difference(
-        apply(model, variables, *inputs, **call), apply(new, folded, *inputs, **call)
-    )
-    if not difference <= tolerance:
-        raise ValueError(
-            f"folding changed the output by {difference:.2g} of its largest value, more than "
-            f"tolerance={tolerance:g}: is a kernel used in two places, or the model in half "
-            "precision?"
+    if bad := compare.nonfinite(inputs):
+        raise ValueError(f"{bad} values of the sample are not finite: fold by one that is")
+    plain = _Trial.of(model, variables, inputs, call, known(batch_norms), tolerance)
+    plain.check()
+    excluded = matching(variables, exclude, model)
+    found = {
+        path: "it is excluded" if path in excluded else plain.pair(path)
+        for path in plain.flow.before
+    }
+    trials = [plain] if plain.flow.exact else [*_in_float64(plain, tolerance), plain]
+    differences = functools.cache(lambda pairs: [t.difference(pairs) for t in trials])
+
+    def wrong(pairs):
+        """Why these pairs do not leave the model as it is, if so; of the last of them."""
+        for trial, difference in zip(trials, differences(pairs), strict=True):
+            if not difference <= trial.tolerance:
+                return trial.reason(pairs[-1], difference, alone=len(trials) == 1)
+        return None
+
+    wanted = tuple(pair for pair in found.values() if isinstance(pair, Pair))
+    pairs, refused = _without_fault((), wanted, wrong)
+    refused |= {path: why for path, why in found.items() if isinstance(why, str)}
+    for path, c in plain.flow.strangers.items():
+        refused[path] = f"its class is not known: {c.__module__}.{c.__name__}; see batch_norms"
+    return Folded(*plain.without(pairs), list(pairs), refused, differences(pairs)[-1])
+
+
+def _without_fault(kept, new, wrong):
+    """The kept pairs with those of the new ones that can join them, and why others cannot.
+
+    By halves, as there is seldom more than one at fault.
+    """
+    reason = wrong((*kept, *new)) if new else None
+    if reason is None:
+        return (*kept, *new), {}
+    if len(new) == 1:
+        return kept, {new[0].norm: reason}
+    middle = len(new) // 2
+    kept, refused = _without_fault(kept, new[:middle], wrong)
+    kept, others = _without_fault(kept, new[middle:], wrong)
+    return kept, refused | others
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trial:
+    """A model in one precision, and what it returns for the sample and for noise like it.
+
+    Attributes:
+      model, variables, call, norms: what is given.
+      samples: what the model is called with.
+      run, flow: how it is called, and which layer feeds which.
+      leaves: the variables of each layer; those of BatchNorms by our names.
+      outputs: for each sample.
+      perturbed: with numbers changed as if by rounding, where all is computed in float64.
+      tolerance: the largest difference to put up with.
+      precision: the context to compute in.
+    """
+
+    model: Model
+    variables: Variables
+    call: dict[str, Any]
+    norms: BatchNorms
+    samples: tuple[tuple[Any, ...], ...]
+    run: Run
+    flow: Flow
+    leaves: dict[Path, Leaves]
+    outputs: list[Any]
+    perturbed: list[Any] | None
+    tolerance: float
+    precision: Callable[[], Any]
+
+    @classmethod
+    def of(
+        cls, model, variables, inputs, call, norms, tolerance,
+        precision: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ) -> _Trial:  # fmt: skip
+        """Traces the model, and runs it."""
+        run = evaluation(model, variables, *inputs, **call)
+        flow = trace(model, variables, *inputs, norms=norms, run=run, **call)
+        leaves = {path: {} for path in flow.calls} | layer_leaves(model, variables)
+        leaves |= {p: flow.calls[p].adapted.ours(leaves[p]) for p in flow.before}
+        samples, perturbed = (inputs, compare.noise(inputs)), None
+        outputs = [run(model, variables, *v, **call)[0] for v in samples]
+        if flow.exact:
+            tolerance *= _EXACT
+            moved, others = compare.perturb((variables, samples))
+            perturbed = [run(model, moved, *v, **call)[0] for v in others]
+        return cls(
+            model, variables, call, norms, samples, run, flow, leaves, outputs, perturbed,
+            tolerance, precision,
+        )  # fmt: skip
+
+    def check(self) -> None:
+        """Raises a ValueError if there is no output to compare."""
+        if not compare.comparable(self.outputs[0]):
+            calls, leaves = self.flow.calls, self.leaves
+            why = ((p, kernels.not_affine(calls[p], leaves[p])) for p in self.flow.before)
+            named = "".join(f"; {spelled(path)}: {reason}" for path, reason in why if reason)
+            raise ValueError(
+                f"what the model returns for the sample is NaN, infinite or empty{named}"
+            )
+
+    def pair(self, norm: Path) -> Pair | str:
+        """With which layer the BatchNorm goes, or why with none."""
+        flow, call = self.flow, self.flow.calls[norm]
+        if why := kernels.not_affine(call, self.leaves[norm]):
+            return why
+        if norm in flow.held:
+            return f"it {flow.held[norm]}"
+        reasons = []
+        for side, found in (("before", flow.before[norm]), ("after", flow.after[norm])):
+            if isinstance(found, str):
+                reasons.append(found)
+                continue
+            reason = kernels.refusal(flow.calls[found], call, side, self.leaves[found])
+            reason = reason or flow.held.get(found)
+            if reason is None:
+                return Pair(norm, found, side)
+            reasons.append(f"{spelled(found)} {reason}")
+        return "; ".join(dict.fromkeys(reasons))
+
+    def without(self, pairs: tuple[Pair, ...]) -> tuple[Model, Variables]:
+        """The model and the variables without the BatchNorms of the pairs."""
+        calls, new = self.flow.calls, {pair.layer: self.leaves[pair.layer] for pair in pairs}
+        for norm, layer, side in pairs:
+            a, c = kernels.factors(calls[norm], self.leaves[norm])
+            new[layer] = kernels.absorb(calls[layer], new[layer], a, c, side)
+        dtypes = {pair.norm: self.flow.outputs[pair.norm].dtype for pair in pairs}
+        hook = _Folding(frozenset(dtypes.items()), frozenset(new))
+        hooks = hook, self.norms, kernels.LINEAR, left_alone
+        changed = intercept(self.model, self.variables, *hooks)
+        return replace_leaves(changed, self.variables, new, dtypes)
+
+    def difference(self, pairs: tuple[Pair, ...]) -> float:
+        """The outputs', with the pairs folded."""
+        if not pairs:
+            return 0.0
+        with self.precision():
+            model, variables = self.without(pairs)
+            new = [self.run(model, variables, *v, **self.call)[0] for v in self.samples]
+        given = {"tolerance": self.tolerance, "elementwise": self.flow.exact}
+        return compare.difference(self.outputs, new, self.perturbed, **given)
+
+    def reason(self, pair: Pair, difference: float, alone: bool) -> str:
+        """Why the pair is refused."""
+        layer = self.flow.calls[pair.layer].layer
+        why = f"does this {type(layer).__name__} compute with its kernel and bias alone?"
+        why = why if self.flow.exact or alone else "these are rounding errors"
+        return (
+            f"in {spelled(pair.layer)} it changes the outputs by {difference:.2g} of their "
+            f"size, more than {self.tolerance:g}: {why}"
         )
-    return Folded(new, folded, pairs, refused, difference)
 
 
-def _pair(flow: Flow, variables: Any, norm: Path) -> Pair | str:
-    """With which layer the BatchNorm goes, or why with none."""
-    call = flow.calls[norm]
-    if not call.use_running_average:
-        return "it normalises with the statistics of the batch in this call"
-    given = [name for name in ("scale", "bias") if call.kwargs.get(name) is not None]
-    if given:
-        return f"its {' and '.join(given)} come with the call"
-    if get_leaves(variables, norm)["var"].shape != feature_shape(call.x.shape, call.layer.axis):
-        return "its statistics are of several layers: it is repeated by a vmap or a scan"
-    reasons = []
-    for side, found in (("before", flow.before[norm]), ("after", flow.after[norm])):
-        if isinstance(found, str):
-            reasons.append(found)
-            continue
-        reason = kernels.refusal(flow.calls[found], call, side, get_leaves(variables, found))
-        if reason is None:
-            return Pair(norm, found, side)
-        reasons.append(f"{spelled(found)} {reason}")
-    return "; ".join(dict.fromkeys(reasons))
+def _in_float64(plain: _Trial, tolerance: float) -> list[_Trial]:
+    """The trial in float64, if the model computes in that throughout when it is told to."""
+    precision, norms = functools.partial(jax.enable_x64, True), plain.norms
+    given, everything = (plain.variables, plain.samples[0], plain.call), (nn.Module, nnx.Module)
+    try:
+        with precision():
+            variables, inputs, call = compare.widen(given)
+            hooks = _telling_float64, norms, everything, left_alone, True
+            told = intercept(plain.model, variables, *hooks)
+            wide = _Trial.of(told, variables, inputs, call, norms, tolerance, precision)
+    except Exception:
+        # There are models that insist on a dtype: in a scan's carry, in an assertion.
+        return []
+    return [wide] if wide.flow.exact else []
 
 
-def _without(model, variables, flow, pairs):
-    """The model and the variables without the BatchNorms of the pairs."""
-    absorbed = {pair.norm for pair in pairs}
-    new = {pair.layer: get_leaves(variables, pair.layer) for pair in pairs}
-    for norm, layer, side in pairs:
-        a, c = _affine(flow.calls[norm], get_leaves(variables, norm))
-        new[layer] = kernels.absorb(flow.calls[layer], new[layer], a, c, side)
-
-    def hook(call: Call):
-        if call.path in absorbed:
-            activation = getattr(call.layer, "activation", None) or (lambda x: x)
-            return activation(call.x).astype(flow.outputs[call.path].dtype)
-        if call.path in new:
-            with attributes(call.layer, use_bias=True):
-                return call.proceed()
+def _telling_float64(call: Call) -> Any:
+    """The call of a module whose floating-point `dtype`, if it has one, is float64."""
+    dtype = getattr(call.layer, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        return call.proceed()
+    with attributes(call.layer, dtype=jnp.float64):
         return call.proceed()
 
-    changed = intercept(model, variables, hook, kernels.LINEAR + BATCH_NORMS)
-    return replace_leaves(changed, variables, new, absorbed)
 
+@dataclasses.dataclass(frozen=True)
+class _Folding:
+    """What is made of the calls of layers: a hook.
 
-def _affine(call: Call, leaves: dict[str, jax.Array]) -> list[jax.Array]:
-    """a and c, of the rank of what the BatchNorm takes."""
-    var = leaves["var"]
-    if not isinstance(call.layer, nn.BatchNorm):
-        # In float64 where the layer is; Flax's in Linen computes in the statistics' dtype.
-        var = var.astype(jnp.promote_types(call.x.dtype, var.dtype))
-    a = jax.lax.rsqrt(var + call.layer.epsilon) * leaves.get("scale", 1)
-    c = leaves.get("bias", 0) - a * leaves["mean"]
-    return widen(call.x, call.layer.axis, a=a, c=c)
+    Attributes:
+      dtypes: of what each BatchNorm that is gone returned, with its path.
+      changed: the layers that have absorbed them.
+    """
 
+    dtypes: frozenset[tuple[Path, jnp.dtype]]
+    changed: frozenset[Path]
 
-def _difference(old: Any, new: Any) -> float:
-    """Of the largest finite output; equal infinities, and NaN in both, do not differ."""
-
-    def one(a, b):
-        a, b = (np.asarray(v, np.result_type(np.asarray(v), np.float64)) for v in (a, b))
-        largest = np.abs(a[np.isfinite(a)]).max(initial=0)
-        unlike = ~((a == b) | (np.isnan(a) & np.isnan(b)))
-        return np.abs(a[unlike] - b[unlike]).max(initial=0) / (largest or 1)
-
-    pairs = zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
-    return float(max((one(a, b) for a, b in pairs), default=0))
+    def __call__(self, call: Call) -> Any:
+        """The input of a BatchNorm, as it is but for its activation."""
+        dtypes = dict(self.dtypes)
+        if call.path in dtypes:
+            activation = getattr(call.layer, "activation", None) or (lambda x: x)
+            return activation(call.x).astype(dtypes[call.path])
+        bias = {"use_bias": True} if call.path in self.changed else {}
+        with attributes(call.layer, **bias):
+            return call.proceed()

@@ -7,26 +7,27 @@ statistics, keep scale and bias. A pattern is a glob over paths, "encoder/*" for
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Sequence
+import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 from flax import nnx, traverse_util
 
-from bn_jax.surgery.intercept import Call, Model, Path, intercept, spelled
-from bn_jax.surgery.tree import flat
-
-Pattern = str | Sequence[str]
+from bn_jax.surgery.calls import BatchNorms, Call, Path, refuse
+from bn_jax.surgery.intercept import Model, Variables, intercept, known
+from bn_jax.surgery.observe import Pattern, fitting
+from bn_jax.surgery.tree import flat, layer_places
 
 
 def freeze(
     model: Model,
-    variables: Any,
+    variables: Variables,
     *,
     normalize: Pattern = (),
     keep: Pattern = (),
+    batch_norms: BatchNorms | None = None,
 ) -> Model:
     """A model with the same variables, some of whose BatchNorms do not do as in training.
 
@@ -38,28 +39,61 @@ def freeze(
       model, variables: see `bn_jax.surgery`.
       normalize: the layers that normalise with their running statistics in training too.
         These still move, unless they are kept.
-      keep: the layers whose running statistics stay as they are.
+      keep: the layers whose running statistics stay as they are, and with them those of
+        layers that share theirs.
+      batch_norms: further classes of BatchNorms; see `Adapter`.
 
     Raises:
-      ValueError: a pattern that fits no BatchNorm.
+      ValueError: a pattern that fits no BatchNorm, or a layer with running statistics of a
+        class that is not known; in Linen when that is called.
     """
-    fixed, kept = matching(variables, normalize), matching(variables, keep)
+    fixed, kept = (matching(variables, pattern, model) for pattern in (normalize, keep))
+    hook = _Freezing(frozenset(fixed), frozenset(_with_sharing(model, variables, kept)))
+    stranger = functools.partial(_refuse_at, hook.fixed | hook.kept)
+    return intercept(model, variables, hook, known(batch_norms), stranger=stranger)
 
-    def hook(call: Call):
-        if call.use_running_average or call.path not in fixed | kept:
+
+@dataclasses.dataclass(frozen=True)
+class _Freezing:
+    """What is made of the calls of BatchNorms: a hook.
+
+    Attributes:
+      fixed: those that normalise with their running statistics.
+      kept: those whose running statistics stay.
+    """
+
+    fixed: frozenset[Path]
+    kept: frozenset[Path]
+
+    def __call__(self, call: Call) -> Any:
+        """What the layer returns."""
+        if call.use_running_average or call.path not in self.fixed | self.kept:
             return call.proceed()
-        if call.path not in fixed:
+        if call.path not in self.fixed:
             return _keeping_stats(call)
         y = call.proceed(True)
-        if call.path not in kept:
+        if call.path not in self.kept:
             _rewind(call.layer)
             call.proceed()  # for its update
         return y
 
-    return intercept(model, variables, hook)
+
+def _refuse_at(paths: frozenset[Path], path: Path, cls: type) -> None:
+    """Raises a ValueError of a layer of an unknown class at one of these paths."""
+    if path in paths:
+        refuse(path, cls)
 
 
-def frozen_mask(variables: Any, pattern: Pattern = "*") -> Any:
+def _with_sharing(model, variables, paths):
+    """The layers, and those that have some of their running statistics."""
+    places = layer_places(model, variables, nnx.BatchStat)
+    stored = {place for path in paths for place in places[path].values()}
+    return {path for path, names in places.items() if stored & set(names.values())}
+
+
+def frozen_mask(
+    variables: Variables, pattern: Pattern = "*", model: Model | None = None
+) -> Any:
     """True for the scale and bias of the BatchNorms of a pattern, False for other parameters.
 
     For an optimizer that leaves them alone, weight decay included:
@@ -69,6 +103,7 @@ def frozen_mask(variables: Any, pattern: Pattern = "*") -> Any:
     Args:
       variables: with parameters and running statistics; of a Linen model or an nnx.State.
       pattern: the layers.
+      model: a GraphDef whose layers have Variables in common, which a State has once.
 
     Returns:
       A tree of bools, of the structure of `params`, or of the State's parameters as
@@ -77,11 +112,10 @@ def frozen_mask(variables: Any, pattern: Pattern = "*") -> Any:
     Raises:
       ValueError: a pattern that fits no BatchNorm.
     """
-    frozen = matching(variables, pattern)
-    return _mask(variables, lambda path: path[:-1] in frozen)
+    return _mask(variables, _params(variables, matching(variables, pattern, model), model))
 
 
-def decay_mask(variables: Any) -> Any:
+def decay_mask(variables: Variables, model: Model | None = None) -> Any:
     """False for BatchNorms' scale and bias and for every other bias, True for the rest.
 
     What weight decay should shrink: `optax.adamw(rate, mask=decay_mask(variables))`. Of a
@@ -90,37 +124,43 @@ def decay_mask(variables: Any) -> Any:
 
     Args, Returns: as in `frozen_mask`.
     """
-    norms = norm_paths(variables)
-    return _mask(variables, lambda path: path[:-1] not in norms and path[-1] != "bias")
+    ours = _params(variables, norm_paths(variables, model), model)
+    others = {p for p in flat(variables, nnx.Param) if p not in ours and p[-1] != "bias"}
+    return _mask(variables, others)
 
 
-def matching(variables: Any, pattern: Pattern) -> set[Path]:
-    """The BatchNorms whose path fits.
+def matching(variables: Variables, pattern: Pattern, model: Model | None = None) -> set[Path]:
+    """The layers with running statistics whose path fits.
+
+    Args:
+      variables, pattern, model: as in `frozen_mask`.
 
     Raises:
       ValueError: one of several patterns fits none.
     """
-    norms, found = norm_paths(variables), set()
-    for glob in [pattern] if isinstance(pattern, str) else pattern:
-        fitting = {p for p in norms if fnmatch.fnmatchcase(spelled(p), glob)}
-        if not fitting:
-            names = ", ".join(map(spelled, norms)) or "none"
-            raise ValueError(f"no BatchNorm fits {glob!r}: there are {names}")
-        found |= fitting
-    return found
+    return fitting(norm_paths(variables, model), pattern)
 
 
-def norm_paths(variables: Any) -> list[Path]:
-    """The layers that have a running mean and variance."""
-    leaves = flat(variables, nnx.BatchStat)
-    return [p[:-1] for p in leaves if p[-1] == "mean" and (*p[:-1], "var") in leaves]
+def norm_paths(variables: Variables, model: Model | None = None) -> list[Path]:
+    """The layers that have running statistics."""
+    places = layer_places(model, variables, nnx.BatchStat)
+    # Flax's SpectralNorm has those of other layers, "kernel/u".
+    return [p for p, names in places.items() if any("/" not in str(n) for n in names)]
 
 
-def _mask(variables, wanted):
+def _params(variables, norms, model):
+    """Where the parameters of these layers are."""
+    places = layer_places(model, variables, nnx.Param)
+    return {place for path in norms for place in places.get(path, {}).values()}
+
+
+def _mask(variables, chosen):
     if isinstance(variables, nnx.State):
         params = nnx.to_flat_state(nnx.filter_state(variables, nnx.Param))
-        return nnx.from_flat_state([(p, wanted(p)) for p, _ in params])
-    return traverse_util.path_aware_map(lambda path, _: wanted(path), variables["params"])
+        return nnx.from_flat_state([(p, p in chosen) for p, _ in params])
+    return traverse_util.path_aware_map(
+        lambda path, _: path in chosen, variables.get("params", {})
+    )
 
 
 def _keeping_stats(call: Call) -> jax.Array:
@@ -143,5 +183,5 @@ def _keeping_stats(call: Call) -> jax.Array:
 
 def _rewind(layer):
     """Lets a Linen module be called again, as Flax does at the end of a call of its own."""
-    if isinstance(layer, nn.Module):
+    if isinstance(layer, nn.Module) and layer.scope is not None:
         object.__setattr__(layer, "scope", layer.scope.rewound())

@@ -6,105 +6,63 @@ subclass in place of the layer's class, which leaves the structure of the variab
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
+import copyreg
 import functools
-import inspect
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
-from unittest import mock
 
 import flax.linen as nn
 import jax
 from flax import nnx
-from flax.linen import transforms
+from flax.errors import ModifyScopeVariableError
 
-import bn_jax.linen
-import bn_jax.nnx
+from bn_jax.surgery.calls import (
+    KNOWN,
+    Adapter,
+    BatchNorms,
+    Hook,
+    Hooking,
+    Path,
+    Stranger,
+    callable_by,
+    refuse,
+)
+from bn_jax.surgery.compare import arrays_among
+from bn_jax.surgery.intercepted import Intercepted
 
-Path = tuple[str | int, ...]
 SOWN = "bn_jax.surgery"
-OURS = (bn_jax.linen.BatchNorm, bn_jax.nnx.BatchNorm)
-GHOSTS = (bn_jax.linen.GhostBatchNorm, bn_jax.nnx.GhostBatchNorm)
-RENORMS = (bn_jax.linen.BatchRenorm, bn_jax.nnx.BatchRenorm)
-BATCH_NORMS = (nn.BatchNorm, nnx.BatchNorm, *OURS)  # of which the others are subclasses
+Linen = nn.Module | Intercepted
+Model = Linen | nnx.GraphDef
+# Collections of Linen; or of NNX.
+Variables = Mapping[str, Any] | nnx.State
 
 
-class Call(NamedTuple):
-    """One call of a layer.
-
-    Attributes:
-      path: of the layer, in the variables.
-      layer: the module.
-      args, kwargs: what it is called with.
-      next: what it would have called.
-    """
-
-    path: Path
-    layer: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    next: Callable[..., Any]
-
-    @property
-    def x(self) -> jax.Array:
-        """The input."""
-        return self.args[0] if self.args else self.kwargs[_first(self.layer)]
-
-    @property
-    def use_running_average(self) -> bool | None:
-        """Of a BatchNorm: what the call says or, where it does not, the layer."""
-        said = self.args[1] if len(self.args) > 1 else self.kwargs.get("use_running_average")
-        return self.layer.use_running_average if said is None else said
-
-    def replace_x(self, x: jax.Array) -> Call:
-        """The call with another input."""
-        if self.args:
-            return self._replace(args=(x, *self.args[1:]))
-        return self._replace(kwargs={**self.kwargs, _first(self.layer): x})
-
-    def proceed(self, use_running_average: bool | None = None) -> Any:
-        """What the layer returns, a BatchNorm in the given mode if one is given."""
-        if use_running_average is None:
-            return self.next(*self.args, **self.kwargs)
-        others = ("use_running_average", _first(self.layer))
-        kwargs = {k: v for k, v in self.kwargs.items() if k not in others}
-        # Linen takes it from the constructor or from the call, and not from both.
-        with attributes(self.layer, use_running_average=use_running_average):
-            return self.next(self.x, **kwargs)
+def known(batch_norms: BatchNorms | None = None) -> BatchNorms:
+    """Ours and Flax's classes of BatchNorms, and what the caller has named beside them."""
+    return {**KNOWN, **(batch_norms or {})}
 
 
-def _first(layer):
-    """The name of the first argument."""
-    return list(inspect.signature(type(layer).__call__).parameters)[1]
-
-
-def spelled(path: Path) -> str:
-    """A path as one writes it."""
-    return "/".join(map(str, path)) or "the model itself"
-
-
-Hook = Callable[[Call], Any]
-
-
-@contextlib.contextmanager
-def attributes(module: Any, **values: Any):
-    """Within it a module has other attributes, though it is frozen."""
-    before = {name: getattr(module, name) for name in values}
-    try:
-        for name, v in values.items():
-            object.__setattr__(module, name, v)
-        yield
-    finally:
-        for name, v in before.items():
-            object.__setattr__(module, name, v)
+def check_model(model: Any) -> None:
+    """Raises a TypeError, of one line, unless it is a Linen module or an NNX GraphDef."""
+    if isinstance(model, nnx.Module):
+        raise TypeError(
+            f"{type(model).__name__} is an nnx.Module: pass graphdef and state, of "
+            "graphdef, state = nnx.split(module)"
+        )
+    if not isinstance(model, Model):
+        raise TypeError(f"{type(model).__name__} is no Linen module and no nnx.GraphDef")
 
 
 def intercept(
-    model: Model, variables: Any, hook: Hook, kinds: tuple[type, ...] = BATCH_NORMS
+    model: Model,
+    variables: Variables,
+    hook: Hook,
+    norms: BatchNorms = KNOWN,
+    others: tuple[type, ...] = (),
+    stranger: Stranger = refuse,
+    outermost: bool = False,
 ) -> Model:
-    """A model with the same variables, whose layers of `kinds` return what `hook` returns.
+    """A model with the same variables, whose layers return what `hook` returns.
 
     Of a model that is intercepted already the new hook is the inner one: it is given what
     the model makes of its layers, a frozen one called with its running statistics, one that
@@ -112,28 +70,40 @@ def intercept(
 
     Args:
       model, variables: see `bn_jax.surgery`.
-      hook: is given each `Call`; `call.proceed()` is what the layer returns by itself.
-      kinds: layer classes.
+      hook: is given each `Call`; `call.proceed()` is what the layer returns by itself. For
+        the model to pickle it must.
+      norms: classes of BatchNorms; see `known`.
+      others: further classes of layers.
+      stranger: is called with the path and class of a layer that has running statistics but
+        is of no class in `norms`; by default that is refused. In Linen when it is called, in
+        NNX at once.
+      outermost: give the hook the calls as the model makes them, those of layers that are
+        frozen or folded away too.
+
+    Raises:
+      TypeError: a model that is neither Linen's nor a GraphDef.
     """
+    check_model(model)
+    hooking = Hooking(hook, norms, others, stranger)
     if isinstance(model, Intercepted):
-        return Intercepted(model.model, (*model.hooks, (hook, kinds)))
+        hooks = (hooking, *model.hooks) if outermost else (*model.hooks, hooking)
+        return Intercepted(model.model, hooks)
     if isinstance(model, nn.Module):
-        return Intercepted(model, ((hook, kinds),))
+        return Intercepted(model, (hooking,))
     module = nnx.merge(model, variables, copy=True)
     for path, layer in nnx.iter_modules(module):
-        if isinstance(layer, kinds):
-            _intercept_nnx(layer, path, hook)
+        _intercept_nnx(layer, path, hooking, outermost)
     return nnx.graphdef(module)
 
 
-def apply(model: Model, variables: Any, *inputs: Any, **call: Any) -> Any:
+def apply(model: Model, variables: Variables, *inputs: Any, **call: Any) -> Any:
     """What the model returns; nothing that it does to its variables is kept."""
     return apply_and_update(model, variables, *inputs, **call)[0]
 
 
 def apply_and_update(
-    model: Model, variables: Any, *inputs: Any, **call: Any
-) -> tuple[Any, Any]:
+    model: Model, variables: Variables, *inputs: Any, **call: Any
+) -> tuple[Any, Variables]:
     """What the model returns, and its variables but for Linen's parameters as it leaves them.
 
     What hooks sow, in Linen into the collection SOWN, is among them.
@@ -145,92 +115,105 @@ def apply_and_update(
     return module(*inputs, **call), nnx.state(module)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Intercepted:
-    """A Linen model within interceptors.
+Run = Callable[..., tuple[Any, Variables]]
 
-    Attributes:
-      model: as it was.
-      hooks: each with the classes of its layers, the outermost first.
-      number: of this and no other.
+
+def evaluation(model: Model, variables: Variables, *inputs: Any, **call: Any) -> Run:
+    """`apply_and_update` as one calls a model at inference, without mutable statistics.
+
+    There are Linen models that train wherever `batch_stats` are mutable. One that writes them
+    in this call nevertheless is in training, and gets them mutable.
     """
+    check_model(model)
+    if not isinstance(model, Linen):
+        return apply_and_update
+    arrays, replaced = arrays_among(inputs)
 
-    model: nn.Module
-    hooks: tuple[tuple[Hook, tuple[type, ...]], ...]
-    number: int = dataclasses.field(default_factory=itertools.count().__next__)
+    def attempt(variables, arrays):
+        return _with_fixed_statistics(model, variables, *replaced(arrays), **call)[1]
 
-    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the model's."""
-        with self._intercepting():
-            return self.model.apply(variables, *args, **kwargs)
-
-    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the model's."""
-        with self._intercepting():
-            return self.model.init(rngs, *args, **kwargs)
-
-    @contextlib.contextmanager
-    def _intercepting(self):
-        with nn.intercept_methods(self._through), _known_to_jit(self.number):
-            yield
-
-    def _through(self, function, args, kwargs, context):
-        layer = context.module
-        if context.method_name == "__call__":
-            hooks = [(layer.path, h) for h, kinds in self.hooks if isinstance(layer, kinds)]
-            function = _hooked_function(layer, hooks, function)
-        return function(*args, **kwargs)
+    try:
+        jax.eval_shape(attempt, variables, arrays)
+    except ModifyScopeVariableError:
+        return apply_and_update
+    return _with_fixed_statistics
 
 
-@contextlib.contextmanager
-def _known_to_jit(number):
-    """Within it the key of what `nn.jit` caches has the path of the module and the number.
-
-    By itself it has the fields of the module, which are the same of two modules and with
-    any hooks, and it is compared by its hash alone. Flax has no public way to add to it. (A
-    context that is part of the key of all of JAX's caches, `jax.make_user_context`, has
-    every single operation compiled anew.)
-    """
-    plain = transforms._HashableProxy.from_module
-
-    def with_more(module):
-        proxy = plain(module)
-        key = hash((proxy.hash_key, module.path, number))
-        return dataclasses.replace(proxy, hash_key=key)
-
-    with mock.patch.object(transforms._HashableProxy, "from_module", with_more):
-        yield
+def _with_fixed_statistics(model, variables, *inputs, **call):
+    fixed = ("params", "batch_stats")
+    mutable = [name for name in (*variables, SOWN) if name not in fixed]
+    return model.apply(variables, *inputs, mutable=mutable, **call)
 
 
-Linen = nn.Module | Intercepted
-Model = Linen | nnx.GraphDef
+class _Met(NamedTuple):
+    """A hook at a layer of NNX: what `Hooking.around` is given."""
+
+    path: Path
+    kind: type
+    adapter: Adapter | None
+    hooking: Hooking
 
 
-def _intercept_nnx(layer, path, hook):
-    if hasattr(layer, "hooks"):
-        layer.hooks = (*layer.hooks, (path, hook))
-    else:
-        object.__setattr__(layer, "__class__", _hooked(type(layer)))
-        layer.hooks = ((path, hook),)
+def _intercept_nnx(layer, path, hooking, outermost):
+    hooking.check(path, layer, called=False)
+    cls = next(base for base in type(layer).__mro__ if "surgery_kind" not in vars(base))
+    kind = hooking.kind(cls)
+    if kind is None or not callable_by(cls):
+        return
+    object.__setattr__(layer, "__class__", _hooked(type(layer), cls, kind[0]))
+    before, new = getattr(layer, "surgery_hooks", ()), _Met(path, kind[0], kind[1], hooking)
+    layer.surgery_hooks = (new, *before) if outermost else (*before, new)
 
 
 @functools.cache
-def _hooked(cls):
-    """A subclass, for the hooks that an instance has."""
+def _hooked(cls, own, kind):
+    """The class, of which `own` is the one that somebody wrote, with hooks around `kind`'s.
 
-    @functools.wraps(cls.__call__)
-    def call(self, *args, **kwargs):
-        function = functools.partial(cls.__call__, self)
-        return _hooked_function(self, self.hooks, function)(*args, **kwargs)
+    A class between them has its `super().__call__` go through the hooks.
+    """
+    around = _around(kind)
+    if issubclass(cls, around):
+        return cls
+    if own is kind:
+        if cls is own:
+            return around
+        return _made(_hooked, (cls, own, kind), own, (around, cls), {})
 
-    return type(cls.__name__, (cls,), {"__call__": call})
+    @functools.wraps(own.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        y = super(hooked, self).__call__(*args, **kwargs)
+        for met in self.surgery_hooks:
+            met.hooking.check(met.path, self, called=True)
+        return y
+
+    hooked = _made(_hooked, (cls, own, kind), own, (cls, around), {"__call__": call})
+    return hooked
 
 
-def _hooked_function(layer, hooks, function):
-    for path, hook in reversed(hooks):
-        function = functools.partial(_through, layer, path, hook, function)
-    return function
+@functools.cache
+def _around(kind):
+    """A subclass with hooks around the `__call__` of a class."""
+
+    @functools.wraps(kind.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        function = super(around, self).__call__
+        for met in reversed(self.surgery_hooks):
+            if met.kind is kind:
+                function = met.hooking.around(met.path, self, kind, met.adapter, function)
+        return function(*args, **kwargs)
+
+    around = _made(_around, (kind,), kind, (kind,), {"__call__": call})
+    return around
 
 
-def _through(layer, path, hook, function, *args, **kwargs):
-    return hook(Call(path, layer, args, kwargs, function))
+def _made(function, args, own, bases, namespace):
+    """A class that pickles as the call of a function, whose result it is."""
+    namespace = {**namespace, "surgery_kind": (function, args)}
+    return _pickling(type(own))(own.__name__, bases, namespace)
+
+
+@functools.cache
+def _pickling(meta):
+    meta = type(meta.__name__, (meta,), {})
+    copyreg.pickle(meta, lambda cls: vars(cls)["surgery_kind"])
+    return meta

@@ -1,4 +1,4 @@
-"""Where the features of Flax's linear layers are in their kernels, and what they absorb."""
+"""A BatchNorm as an affine map, and how the kernels of Flax's linear layers absorb it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bn_jax.core.arrays import split_axes
-from bn_jax.surgery.intercept import Call
+from bn_jax.core.arrays import feature_shape, inverse_std, split_axes, widen
+from bn_jax.surgery import compare
+from bn_jax.surgery.calls import Call
+from bn_jax.surgery.tree import Leaves
 
 DENSE = (nn.Dense, nnx.Linear)
 GENERAL = (nn.DenseGeneral, nnx.LinearGeneral)
@@ -21,7 +23,41 @@ LINEAR = DENSE + GENERAL + CONV + TRANSPOSED
 PADS_NOTHING = ("VALID", "CIRCULAR", "REFLECT")
 
 
-def refusal(layer: Call, norm: Call, side: str, leaves: dict[str, jax.Array]) -> str | None:
+def factors(call: Call, leaves: Leaves) -> list[jax.Array]:
+    """a and c, of the rank of what the BatchNorm takes."""
+    var = leaves["var"]
+    if not isinstance(call.layer, nn.BatchNorm):
+        # In float64 where the layer is; Flax's in Linen computes in the statistics' dtype.
+        var = var.astype(jnp.promote_types(call.x.dtype, var.dtype))
+    a = inverse_std(var, call.epsilon) * leaves.get("scale", 1)
+    c = leaves.get("bias", 0) - a * leaves["mean"]
+    return widen(call.x, call.axis, a=a, c=c)
+
+
+def not_affine(call: Call, leaves: Leaves) -> str | None:
+    """Why the BatchNorm is no affine map of finite numbers in this call, if so."""
+    if not call.use_running_average:
+        return "it normalises with the statistics of the batch in this call"
+    given = [name for name in ("scale", "bias") if call.kwargs.get(name) is not None]
+    if given:
+        return f"its {' and '.join(given)} come with the call"
+    if missing := {"mean", "var"} - leaves.keys():
+        return f"it has no {' and no '.join(sorted(missing))}: say Adapter(mean=..., var=...)"
+    if leaves["var"].shape != feature_shape(call.x.shape, call.axis):
+        return "its statistics are of several layers: it is repeated by a vmap or a scan"
+    for name, v in leaves.items():
+        if bad := compare.nonfinite(v):
+            return f"{bad} of {v.size} values of its {name} are not finite"
+    if bad := compare.nonfinite(factors(call, leaves)[0]):
+        var, epsilon = leaves["var"], float(call.epsilon)
+        return (
+            f"{bad} of {var.size} features have no finite factor: its var is "
+            f"{float(var.min()):.3g} at least, with epsilon={epsilon:g}"
+        )
+    return None
+
+
+def refusal(layer: Call, norm: Call, side: str, leaves: Leaves) -> str | None:
     """Why the layer cannot absorb the BatchNorm before or after which it stands, if so.
 
     Args:
@@ -31,7 +67,7 @@ def refusal(layer: Call, norm: Call, side: str, leaves: dict[str, jax.Array]) ->
     """
     module = layer.layer
     if "kernel" not in leaves:
-        return "has its kernel in common with another layer"
+        return "has no kernel of its own"
     kernel = leaves["kernel"].shape
     if isinstance(module, GENERAL) and _batched(module):
         return "has batch axes"
@@ -39,10 +75,10 @@ def refusal(layer: Call, norm: Call, side: str, leaves: dict[str, jax.Array]) ->
         return f"has a kernel of shape {kernel}: it is repeated by a vmap or a scan"
     if side == "after" and getattr(norm.layer, "activation", None) is not None:
         return "would have to come before the BatchNorm's activation"
-    _, reduced = split_axes(norm.x.shape, norm.layer.axis)
+    _, reduced = split_axes(norm.x.shape, norm.axis)
     kept = set(range(len(norm.x.shape))) - set(reduced)
     if not kept <= set(_feature_axes(layer, norm, side)):
-        return f"does not have the BatchNorm's axis {norm.layer.axis} for its features"
+        return f"does not have the BatchNorm's axis {norm.axis} for its features"
     return _refused_inputs(module, kernel) if side == "after" else None
 
 
@@ -64,9 +100,7 @@ def _refused_inputs(module, kernel):
     return f"pads with zeros, which the BatchNorm would not have normalised: {padding}"
 
 
-def absorb(
-    layer: Call, leaves: dict[str, jax.Array], a: jax.Array, c: jax.Array, side: str
-) -> dict[str, jax.Array]:
+def absorb(layer: Call, leaves: Leaves, a: jax.Array, c: jax.Array, side: str) -> Leaves:
     """Kernel and bias with y = a x + c in them.
 
     Args:

@@ -14,13 +14,14 @@ import jax
 from flax import nnx, traverse_util
 from flax.core import unfreeze
 
-from bn_jax.surgery.intercept import Linen, Model, Path
+from bn_jax.surgery.calls import Path
+from bn_jax.surgery.intercept import Linen, Model, Variables, check_model
 
 COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
 Leaves = dict[str, jax.Array]
 
 
-def flat(variables: Any, kind: Any = nnx.Variable) -> dict[Path, Any]:
+def flat(variables: Variables, kind: Any = nnx.Variable) -> dict[Path, Any]:
     """The parameters and running statistics, or those of one kind, by path, the name last.
 
     As they are stored: in a Variable or a box of metadata, and without values perhaps. Of a
@@ -40,7 +41,7 @@ def value(v: Any) -> jax.Array:
     return v.get_value() if isinstance(v, nnx.Variable) else nn.unbox(v)
 
 
-def by_layer(variables: Any, kind: Any = nnx.Param | nnx.BatchStat) -> dict[Path, Leaves]:
+def by_layer(variables: Variables, kind: Any = nnx.Param | nnx.BatchStat) -> dict[Path, Leaves]:
     """The parameters and running statistics of every path, by their names."""
     found: dict[Path, Leaves] = defaultdict(dict)
     for path, v in flat(variables, kind).items():
@@ -48,20 +49,63 @@ def by_layer(variables: Any, kind: Any = nnx.Param | nnx.BatchStat) -> dict[Path
     return dict(found)
 
 
-def get_leaves(variables: Any, path: Path, kind: Any = nnx.Variable) -> Leaves:
+def layer_places(
+    model: Model | None, variables: Variables, kind: Any = nnx.Param | nnx.BatchStat
+) -> dict[Path, dict[str, Path]]:
+    """Where the variables of each layer are stored, by their names.
+
+    In NNX that is elsewhere for a Variable that several layers have: a State has it once, and
+    without a model it is taken for one layer's.
+    """
+    if model is not None:
+        check_model(model)
+    found: dict[Path, dict[str, Path]] = defaultdict(dict)
+    for path in flat(variables, kind):
+        found[path[:-1]][path[-1]] = path
+    if isinstance(model, nnx.GraphDef) and isinstance(variables, nnx.State):
+        stored = nnx.to_flat_state(variables)
+        numbered = [
+            (p, v.replace(i) if isinstance(v, nnx.Variable) else v)  # or a bare array
+            for i, (p, v) in enumerate(stored)
+        ]
+        module = nnx.merge(model, nnx.from_flat_state(numbered))
+        for path, layer in nnx.iter_modules(module):
+            for name, v in vars(layer).items():
+                if isinstance(v, kind):
+                    found[path][name] = stored[v.get_value()][0]
+    return dict(found)
+
+
+def layer_leaves(
+    model: Model, variables: Variables, kind: Any = nnx.Param | nnx.BatchStat
+) -> dict[Path, Leaves]:
+    """The parameters and running statistics of every layer, by their names.
+
+    As `by_layer`, but those that several layers have in common are given for each.
+    """
+    stored = flat(variables, kind)
+    return {
+        path: {name: value(stored[place]) for name, place in names.items()}
+        for path, names in layer_places(model, variables, kind).items()
+    }
+
+
+def get_leaves(model: Model, variables: Variables, path: Path) -> Leaves:
     """The parameters and running statistics of the layer at `path`, by their names."""
-    found = flat(variables, kind)
-    return {p[-1]: value(v) for p, v in found.items() if p[:-1] == path}
+    return layer_leaves(model, variables).get(path, {})
 
 
-def get_stats(variables: Any, path: Path) -> Leaves:
-    """The running statistics of the layer at `path`: mean, var and perhaps count."""
-    return get_leaves(variables, path, nnx.BatchStat)
-
-
-def set_leaves(variables: Any, new: dict[Path, Leaves]) -> Any:
+def set_leaves(model: Model, variables: Variables, new: dict[Path, Leaves]) -> Variables:
     """The variables with other values in some layers, of the dtype and metadata they had."""
-    values = {(*path, name): v for path, leaves in new.items() for name, v in leaves.items()}
+    where = layer_places(model, variables, nnx.Variable) if new else {}
+    values = {
+        where[path][name]: v for path, leaves in new.items() for name, v in leaves.items()
+    }
+    return set_stored(variables, values)
+
+
+def set_stored(variables: Variables, values: dict[Path, jax.Array]) -> Variables:
+    """The variables with other values at some of the paths of `flat`."""
     if isinstance(variables, nnx.State):
         old = dict(nnx.to_flat_state(variables))
         return nnx.from_flat_state(old | {p: _like(v, old[p]) for p, v in values.items()})
@@ -70,7 +114,7 @@ def set_leaves(variables: Any, new: dict[Path, Leaves]) -> Any:
         old = traverse_util.flatten_dict(variables.get(c, {}), keep_empty_nodes=True)
         if here := {p: _like(v, old[p]) for p, v in values.items() if p in old}:
             changed[c] = traverse_util.unflatten_dict(old | here)
-    return changed
+    return like(variables, changed)
 
 
 def _like(v, old):
@@ -82,8 +126,8 @@ def _like(v, old):
 
 
 def replace_leaves(
-    model: Model, variables: Any, new: dict[Path, Leaves], gone: Collection[Path]
-) -> tuple[Model, Any]:
+    model: Model, variables: Variables, new: dict[Path, Leaves], gone: Collection[Path]
+) -> tuple[Model, Variables]:
     """The model with other parameters in some layers, and none in those that are gone.
 
     And its variables. In NNX the model is another one too, since it lists its variables. A
@@ -113,21 +157,23 @@ def _set_nnx(layer, name, v):
 
 
 def _replace_linen(variables, new, gone):
-    changed = set_leaves(variables, new)
+    stored = flat(variables)
+    values = {(*path, name): v for path, leaves in new.items() for name, v in leaves.items()}
+    changed = dict(set_stored(variables, {p: v for p, v in values.items() if p in stored}))
     ours = {c: v for c, v in changed.items() if c in COLLECTIONS}
     kept = {p: v for p, v in traverse_util.flatten_dict(ours).items() if p[1:-1] not in gone}
-    for path, leaves in new.items():
-        for name, v in leaves.items():
-            kept.setdefault(("params", *path, name), v)
+    for path, v in values.items():
+        kept.setdefault(("params", *path), v)
     kept = traverse_util.unflatten_dict(kept)
     changed |= {c: kept.get(c, {}) for c in ours}
     return {name: v for name, v in changed.items() if v or name == "params"}
 
 
-def split(variables: Any) -> tuple[Any, Any]:
+def split(variables: Variables) -> tuple[Any, Any]:
     """The parameters, and all other variables, of Linen in dicts as a model returns them."""
     if isinstance(variables, nnx.State):
-        return nnx.split_state(variables, nnx.Param, ...)
+        params, rest = nnx.split_state(variables, nnx.Param, ...)
+        return params, rest
     return variables["params"], unfreeze({n: v for n, v in variables.items() if n != "params"})
 
 
@@ -138,6 +184,17 @@ def join(params: Any, state: Any) -> Any:
     return {"params": params, **state}
 
 
-def like(variables: Any, new: Any) -> Any:
+def like(variables: Variables, new: Any) -> Any:
     """New values of the same variables in the containers of these, FrozenDicts among them."""
     return jax.tree.unflatten(jax.tree.structure(variables), jax.tree.leaves(new))
+
+
+def with_streams_of(variables: Variables, after: Variables) -> Variables:
+    """The variables, with NNX's streams of random numbers as they are after a call."""
+    if not (isinstance(variables, nnx.State) and isinstance(after, nnx.State)):
+        return variables
+    moved = dict(nnx.to_flat_state(after))
+    return nnx.from_flat_state(
+        (p, moved[p] if isinstance(v, nnx.RngState) else v)
+        for p, v in nnx.to_flat_state(variables)
+    )

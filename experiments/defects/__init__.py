@@ -11,8 +11,11 @@ import functools
 import inspect
 from typing import NamedTuple
 
+from experiments.defects.arithmetic import d1, d2, d3, d4, d5
 from experiments.defects.case import Answer, Case, answer, by_default
+from experiments.defects.handling import d6, d7, d8, d11
 from experiments.defects.peers import FRAMEWORKS, installed
+from experiments.defects.population import d9, d10
 
 __all__ = [
     "FRAMEWORKS",
@@ -38,13 +41,8 @@ class Defect(NamedTuple):
 @functools.cache
 def defects() -> list[Defect]:
     """D1 to D11."""
-    # Here, as they need JAX for a dtype: `python -m experiments.correctness --help` does not.
-    from experiments.defects.arithmetic import d1, d2, d3, d4, d5
-    from experiments.defects.handling import d6, d7, d8, d11
-    from experiments.defects.population import d9, d10
-
     found = []
     for build in (d1, d2, d3, d4, d5, d6, d7, d8, d9, d10, d11):
-        title, _, note = inspect.getdoc(build).partition("\n\n")
+        title, _, note = (inspect.getdoc(build) or "").partition("\n\n")
         found.append(Defect(build.__name__.upper(), title, note, build()))
     return found

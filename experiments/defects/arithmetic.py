@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 
+from bn_jax import debiased_ema
 from experiments.defects.case import SYNCED, Case, each, first, normal
 from experiments.defects.flax_layers import EPSILON, NNX
 from experiments.defects.peers import FRAMEWORKS
@@ -18,7 +20,7 @@ def d1() -> list[Case]:
     makes every replica NaN. Without `axis_name`, or in a jit over a sharded batch, the masked
     mean is right. Haiku, Equinox and torch take no mask; Keras shares no statistics on JAX.
     """
-    x = normal(4, 4, 1, std=2) + np.float32([0, 1, 2, 6]).reshape(4, 1, 1)
+    x = normal(4, 4, 1, std=2) + np.array([0, 1, 2, 6], np.float32).reshape(4, 1, 1)
 
     def case(part, title, counts):
         mask = np.arange(4)[:, None] < np.reshape(counts, (4, 1, 1))
@@ -55,7 +57,6 @@ def d2() -> list[Case]:
             return first(f.train([x] * steps, **{"momentum": 0.99, **fields}).var)
 
         def corrected(f):
-            from bn_jax import debiased_ema
 
             return measure(f, estimator=debiased_ema)
 
@@ -84,7 +85,6 @@ def d3() -> list[Case]:
     nothing is ever averaged in, and the average is 0/(1 - 1). A cast to float32 before the
     layer mends it.
     """
-    import jax.numpy as jnp
 
     x = np.asarray(jnp.bfloat16(normal(256, 2, mean=3)))
 
@@ -112,7 +112,6 @@ def d4() -> list[Case]:
     with `autocast=False`. Haiku, Equinox and torch have no dtype for the output alone. bn_jax:
     its nnx layer.
     """
-    import jax.numpy as jnp
 
     x = normal(1024, 2, mean=100)
     mean, var = np.mean(x, 0, np.float64), np.var(x, 0, np.float64)

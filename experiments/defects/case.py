@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from experiments.defects.peers import FRAMEWORKS, installed, load
@@ -90,7 +91,6 @@ def by_default(case: Case) -> Answer | None:
 
 
 def _judged(case, measure):
-    import jax
 
     with jax.numpy_rank_promotion("allow"), jax.enable_x64(False):
         try:
@@ -102,7 +102,9 @@ def _judged(case, measure):
     return Answer(value, case.is_right(value), detail)
 
 
-def each(measure: Callable[[Any], Value], names: Sequence[str] = ALL) -> dict[str, Callable]:
+def each(
+    measure: Callable[[Any], Value], names: Sequence[str] = ALL
+) -> dict[str, Callable[[], Value]]:
     """One measurement, a function of the adapter, for each of the frameworks."""
     return {name: lambda name=name: measure(FRAMEWORKS[name]) for name in names}
 

@@ -1,6 +1,6 @@
 """Flax's two BatchNorm layers behind one face, and bn_jax's drop-ins for them.
 
-The adapters of `experiments.defects.peers` have the same face: `train` and `restored`, and
+The adapters of `peers.py` have the same face: `train` and `restored`, and
 what not every package offers only where it does (`as_mask`, `replicas`, `evaluate`).
 """
 
@@ -11,7 +11,10 @@ import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 EPSILON = 1e-5  # of all, so that Keras' default of 1e-3 makes no difference
 
@@ -44,10 +47,9 @@ class Linen:
 
     def train(self, batches: Sequence[Any], masks: Sequence[Any] = (), **fields) -> Trained:
         """Training steps on the batches in turn; `masks` of the rank of the batches."""
-        import jax
 
         layer = self._layer(**fields)
-        variables = _init(layer, batches[0])
+        variables, y = _init(layer, batches[0]), None
         step = jax.jit(functools.partial(_apply, layer))
         for x, mask in zip(batches, masks or [None] * len(batches), strict=True):
             y, update = step(variables, x, mask)
@@ -65,7 +67,6 @@ class Linen:
 
     def replicas(self, x: Any, mask: Any) -> np.ndarray:
         """The mean that each replica keeps of its x[i] and mask[i], momentum being 0."""
-        import jax
 
         layer = self._layer(momentum=0.0, axis_name="replica")
         variables = _init(layer, x[0])
@@ -83,7 +84,6 @@ class Linen:
 
 
 def _init(layer, x):
-    import jax
 
     return layer.init(jax.random.key(0), x, use_running_average=True)
 
@@ -104,23 +104,20 @@ class NNX:
         return np.expand_dims(mask, axis)
 
     def _layer(self, features, **fields):
-        from flax import nnx
 
         layer = importlib.import_module(self._module).BatchNorm
         return layer(features, epsilon=EPSILON, rngs=nnx.Rngs(0), **fields)
 
     def train(self, batches: Sequence[Any], masks: Sequence[Any] = (), **fields) -> Trained:
-        from flax import nnx
 
         layer = self._layer(batches[0].shape[fields.get("axis", -1)], **fields)
+        y = None
         step = nnx.jit(lambda layer, x, mask: layer(x, use_running_average=False, mask=mask))
         for x, mask in zip(batches, masks or [None] * len(batches), strict=True):
             y = step(layer, x, mask)
         return Trained(*map(np.asarray, (y, layer.mean[...], layer.var[...])))
 
     def restored(self, x: Any, stats: tuple | None) -> np.ndarray:
-        import jax.numpy as jnp
-        from flax import nnx
 
         graph, params, kept = nnx.split(self._layer(x.shape[-1]), nnx.Param, nnx.BatchStat)
         if stats is None:
@@ -133,7 +130,6 @@ class NNX:
         return np.asarray(layer.mean[...])
 
     def replicas(self, x: Any, mask: Any) -> np.ndarray:
-        import jax
 
         def step(x, mask):
             layer = self._layer(x.shape[-1], momentum=0.0, axis_name="replica")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import jax
 import numpy as np
 
 from experiments.defects.case import MASKED, Case, each, first, normal
@@ -33,7 +34,6 @@ def d6() -> list[Case]:
         return measure
 
     def running_dtype(f):
-        import jax
 
         with jax.enable_x64(True), warnings.catch_warnings():
             # nnx assigns float64 into float32, of which JAX does not approve.

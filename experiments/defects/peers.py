@@ -14,6 +14,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.defects.flax_layers import EPSILON, NNX, Linen, Trained
@@ -32,11 +34,11 @@ class Haiku:
         return hk.transform_with_state(apply)
 
     def train(self, batches: Sequence[Any], **fields) -> Trained:
-        import jax
 
         layer = self._layer(**fields)
         params, state = layer.init(None, batches[0])
         step = jax.jit(layer.apply)
+        y = None
         for x in batches:
             y, state = step(params, state, None, x)
         return Trained(np.asarray(y), *(self._average(state, of) for of in ("mean", "var")))
@@ -47,7 +49,8 @@ class Haiku:
         for of, value in zip(("mean", "var"), stats or (), strict=False):
             # Haiku's have the rank of the input.
             kept = {"hidden": value[None], "average": value[None]}
-            state[f"batch_norm/~/{of}_ema"] |= kept
+            name = f"batch_norm/~/{of}_ema"
+            state[name] = {**state[name], **kept}
         _, state = layer.apply(params, state if stats else {}, None, x)
         return self._average(state, "mean")
 
@@ -60,7 +63,6 @@ class Equinox:
 
     def _layer(self, features, **fields):
         import equinox as eqx
-        import jax.numpy as jnp
 
         # By its own dtype in 64-bit mode the statistics would be float64 from the start.
         return eqx.nn.BatchNorm(
@@ -73,6 +75,7 @@ class Equinox:
         layer = self._layer(batches[0].shape[-1], **fields)
         state = eqx.nn.State(layer)
         step = eqx.filter_jit(_over_batch)
+        y = None
         for x in batches:
             y, state = step(layer, x, state)
         return Trained(np.asarray(y), *self._read(layer, state))
@@ -82,14 +85,13 @@ class Equinox:
 
         layer = self._layer(x.shape[-1])
         state = eqx.nn.State(layer if stats else eqx.nn.Identity())
-        if stats:
+        if stats and layer.batch_state_index is not None:
             state = state.set(layer.batch_state_index, stats)
         return self._read(layer, _over_batch(layer, x, state)[1])[0]
 
     def _read(self, layer, state):
         """Mean and variance from the outputs for 0 and 1: no attribute has them."""
         import equinox as eqx
-        import jax.numpy as jnp
 
         probe = jnp.stack([jnp.zeros(layer.input_size), jnp.ones(layer.input_size)])
         y, _ = _over_batch(eqx.nn.inference_mode(layer), probe, state)
@@ -99,7 +101,6 @@ class Equinox:
 
 
 def _over_batch(layer, x, state):
-    import jax
 
     return jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, state)
 
@@ -113,12 +114,11 @@ class Torch:
 
         new = None if momentum is None else 1 - momentum
         layer = torch.nn.BatchNorm1d(batches[0].shape[-1], eps=EPSILON, momentum=new)
+        y = torch.zeros(0)
         for x in batches:
             y = layer(_tensor(x)).detach()
-        # NumPy has no bfloat16.
-        return Trained(
-            y.double().numpy(), layer.running_mean.numpy(), layer.running_var.numpy()
-        )
+        stats = (layer.get_buffer(f"running_{of}").numpy() for of in ("mean", "var"))
+        return Trained(y.double().numpy(), *stats)  # NumPy has no bfloat16
 
     def restored(self, x: Any, stats: tuple | None) -> np.ndarray:
         import torch
@@ -130,7 +130,7 @@ class Torch:
             state |= dict(zip(names, map(_tensor, stats), strict=True))
         layer.load_state_dict(state)
         layer(_tensor(x))
-        return layer.running_mean.numpy()
+        return layer.get_buffer("running_mean").numpy()
 
 
 def _tensor(x):
@@ -162,7 +162,7 @@ class Keras:
         return mask
 
     def train(self, batches: Sequence[Any], masks: Sequence[Any] = (), **fields) -> Trained:
-        layer = self._layer(**fields)
+        layer, y = self._layer(**fields), None
         for x, mask in zip(batches, masks or [None] * len(batches), strict=True):
             y = layer(x, training=True, mask=mask)
         return Trained(*map(self._numpy, (y, layer.moving_mean, layer.moving_variance)))
@@ -183,10 +183,10 @@ class Keras:
         return layer
 
     @_without_warnings()
-    def _numpy(self, v):
+    def _numpy(self, v) -> np.ndarray:
         import keras
 
-        return keras.ops.convert_to_numpy(v)
+        return np.asarray(keras.ops.convert_to_numpy(v))
 
 
 FRAMEWORKS = {

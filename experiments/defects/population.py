@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import flax.linen as nn
+import jax
 import numpy as np
 
+from bn_jax import moments
+from bn_jax.core.population import pooled
+from bn_jax.linen import BatchNorm
+from bn_jax.surgery import fold
 from experiments.defects.case import Case, each, first, normal
 from experiments.defects.peers import FRAMEWORKS
 
@@ -20,22 +26,18 @@ def d9() -> list[Case]:
     x = np.concatenate([normal(12, 1, mean=4), normal(4, 1, mean=-2)])
     batches = x[:12], x[12:]
 
-    def fold(**fields):
+    def torch_fold(**fields):
         import torch
 
         x = torch.tensor(normal(16, 3))
-        net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2, **fields))
+        linear, norm = torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2, **fields)
+        net = torch.nn.Sequential(linear, norm)
         net(x)
         with torch.no_grad():
-            folded = torch.nn.utils.fusion.fuse_linear_bn_eval(*net.eval())
+            folded = torch.nn.utils.fusion.fuse_linear_bn_eval(linear.eval(), norm.eval())
             return (folded(x) - net(x)).abs().max().item()
 
     def our_fold(affine=True, bias=True):
-        import flax.linen as nn
-        import jax
-
-        from bn_jax.linen import BatchNorm
-        from bn_jax.surgery import fold
 
         norm = BatchNorm(use_running_average=True, use_scale=affine, use_bias=affine and bias)
         net, x = nn.Sequential([nn.Dense(2), norm]), normal(16, 3)
@@ -49,7 +51,7 @@ def d9() -> list[Case]:
 
         norm = torch.nn.BatchNorm1d(1)
         torch.optim.swa_utils.update_bn([torch.tensor(b) for b in batches], norm)
-        return norm.running_mean.item()
+        return norm.get_buffer("running_mean").item()
 
     return [
         *(
@@ -58,7 +60,7 @@ def d9() -> list[Case]:
                 f"largest difference of the outputs of a linear layer with BatchNorm("
                 f"{field}=False) and of both folded into one", 0.0, 1e-5,
                 {
-                    "torch": lambda field=field: fold(**{field: False}),
+                    "torch": lambda field=field: torch_fold(**{field: False}),
                     "bn_jax": lambda field=field: our_fold(**{field: False}),
                 },
                 raises=True,
@@ -101,7 +103,5 @@ def d10() -> list[Case]:
 
 
 def _pooled(batches):
-    from bn_jax import moments
-    from bn_jax.core.population import pooled
 
     return pooled(moments(batch) for batch in batches)

@@ -1,19 +1,12 @@
 """What all sides of a training benchmark do is the same, as far as it can be told."""
 
-import importlib.util
-
 import jax
 import numpy as np
 import pytest
 
-from benchmarks import cnn_step, mlp_steps
 from benchmarks.peers import flax_loop, ours, torch_loop
-from benchmarks.peers.process import SIDES
 from benchmarks.peers.task import Task
 
-needs_keras = pytest.mark.skipif(
-    importlib.util.find_spec("keras") is None, reason="Keras is not installed"
-)
 CNN = Task("cifar_a", (2, 3, 5, 4), (8, 8, 3), 12, 6, augment=True)
 MLP = Task("mlp", (5, 4), (4, 4, 1), 12, 6, augment=False)
 # Kernels and biases, then scale and bias of the norms.
@@ -60,34 +53,3 @@ def test_flax_moves_images_as_we_do():
     found = [int(np.argmax((ways == image).all((1, 2, 3)))) for image in images]
     assert all((ways[way] == image).all() for way, image in zip(found, images, strict=True))
     assert len(set(found)) > 30
-
-
-@pytest.mark.long
-@needs_keras
-def test_the_convolutional_network(capsys):
-    small = {"features": CNN.features, "image": 8, "batch": 6, "images": 12, "rounds": 1}
-    sides = ("bn_jax", "Keras on JAX")
-    found = cnn_step.run(cnn_step.Config(sides=sides, matrix=8, **small))
-    assert {name: tuple(seconds) for name, seconds in found.items()} == {
-        "step": sides, "epoch": sides,
-    }  # fmt: skip
-    printed = capsys.readouterr().out
-    assert "| step of 6 images |" in printed
-    assert "| epoch of 12 images |" in printed
-    assert "GFLOP/s of a product of 8 x 8" in printed
-
-
-def test_an_unknown_side_is_refused():
-    with pytest.raises(ValueError, match=r"nobody.*bn_jax, plain Flax"):
-        cnn_step.Config(sides=("nobody",))
-
-
-@pytest.mark.long
-@needs_keras
-def test_all_sides(capsys):
-    pytest.importorskip("torch")
-    small = {"features": MLP.features, "batch": 6, "images": 12, "rounds": 1}
-    seconds = mlp_steps.run(mlp_steps.Config(runs=2, matrix=8, **small))
-    assert list(seconds) == [*SIDES, "bn_jax x 2", "bn_jax x 2 on cores"]
-    rows = [r for r in capsys.readouterr().out.splitlines() if r.startswith("| bn_jax |")]
-    assert rows[0].endswith("| 1.00 |")

@@ -30,19 +30,19 @@ def measure(layout, x, mask):
 
 
 def normalise(layout, mask, x, scale, bias, epsilon, **sharing):
-    """What can be differentiated, (y, mean, var), and the count."""
-    y, (mean, var, count) = batch_norm(
+    """What can be differentiated, (y, mean, var), and the count and weight."""
+    y, (mean, var, *counts) = batch_norm(
         x, scale, bias, axis=layout.axis, epsilon=epsilon, mask=mask,
         activation=jax.nn.relu if layout.relu else None, **sharing,
     )  # fmt: skip
-    return (y, mean, var), count
+    return (y, mean, var), counts
 
 
 def differentiate(layout, mask, arguments, cotangents):
-    """y, mean, var, count, and the cotangents of x, scale, bias and epsilon."""
+    """y, mean, var, count, weight, and the cotangents of x, scale, bias and epsilon."""
     f = functools.partial(normalise, layout, mask)
-    outputs, vjp, count = jax.vjp(f, *arguments, has_aux=True)
-    return *outputs, count, vjp(cotangents)
+    outputs, vjp, counts = jax.vjp(f, *arguments, has_aux=True)
+    return *outputs, *counts, vjp(cotangents)
 
 
 def both_modes(layout, mask, arguments, tangents, cotangents):

@@ -1,7 +1,5 @@
 """What `batch_norm` can do beyond its equation, each against the oracle or a composition."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +8,7 @@ import reference
 from jax import lax
 
 from bn_jax import (
-    BatchStats,
-    Moments,
     batch_norm,
-    cumulative_mean,
-    debiased_ema,
     moments,
     normalize,
 )
@@ -90,7 +84,7 @@ def test_gradients_stopped_through_the_moments(through, x64):
         stopped = {
             name: v if name in through else lax.stop_gradient(v)
             for name, v in seen._asdict().items()
-            if name != "count"
+            if name in ("mean", "var")
         }
         return normalize(x, **stopped, scale=scale, bias=bias)
 
@@ -131,39 +125,3 @@ def test_one_element_on_each_replica(sync):
     for groups, replicas in [(None, x[:1]), ([[0, 1, 2], [3]], x)]:
         with pytest.raises(ValueError, match="one element per feature"):
             jax.vmap(f(groups), axis_name="batch")(replicas)
-
-
-@pytest.mark.parametrize("std", [1e-15, 1e12, 1e15, 1e18])
-@pytest.mark.parametrize("activation", [None, jax.nn.relu])
-def test_gradients_at_every_scale(std, activation):
-    x = (std * np.random.default_rng(1).normal(size=(16, 3)) + std).astype(np.float32)
-    dy, scale = (RNG.normal(size=s).astype(np.float32) for s in ((16, 3), 3))
-
-    def f(x, scale, bias):
-        return batch_norm(x, scale, bias, epsilon=0, activation=activation)[0]
-
-    y, vjp = jax.vjp(jax.jit(f), x, scale, np.zeros(3, np.float32))
-    h, _ = reference.batch_norm(x, scale, epsilon=0)
-    open_ = 1 if activation is None else h > 0
-    want = reference.gradients(x, dy * open_, np.zeros(3), np.zeros(3), scale, epsilon=0)
-    dx, *vectors = vjp(dy)
-    assert_close([y], [h * open_], 1e-5)
-    assert_close([std * np.float64(dx)], [std * want.x], 1e-5)
-    assert_close(vectors, (want.scale, want.bias), 1e-5)
-
-
-@pytest.mark.parametrize("estimator", [cumulative_mean, debiased_ema])
-def test_statistics_of_float64_stay_so(estimator, x64):
-    # A weight of 1/3 or of momenta that is rounded to float32 is off by 1e-8.
-    batches, counts = RNG.normal(size=(2, 7, 3)) ** 2, [1, 1, 0, 1, 1, 1, 1]
-    stats = BatchStats.create((3,), jnp.float64)
-    for mean, var, count in zip(*batches, counts, strict=True):
-        stats = estimator(stats, Moments(mean, var, jnp.float64(count)))
-    oracle = {
-        cumulative_mean: reference.cumulative_mean,
-        debiased_ema: functools.partial(reference.debiased_ema, momentum=0.99),
-    }[estimator]
-    starts = np.zeros(3), np.ones(3)
-    want = [oracle(s, b, counts) for s, b in zip(starts, batches, strict=True)]
-    assert_close((stats.mean, stats.var), want, 1e-13)
-    assert stats.mean.dtype == stats.var.dtype == jnp.float64

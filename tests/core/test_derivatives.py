@@ -21,7 +21,6 @@ MASKS = {
 AT, ALONG = (X, SCALE, BIAS, np.float64(0.1)), (DX, DSCALE, DBIAS, np.float64(0.05))
 # pmap is shard_map(check_vma=False) since JAX 0.8, so one of them will do.
 each_map = pytest.mark.parametrize("replicate", ["pmap", "vmap", "shard_map"], indirect=True)
-every_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 
 
 def assert_close(got, want, tolerance=1e-8):
@@ -70,20 +69,6 @@ def assert_transposed(gradients, cotangents, tangents):
     """<vjp(c), t> is <c, jvp(t)>."""
     backwards, forwards = inner(gradients, ALONG), inner(cotangents, tangents)
     np.testing.assert_allclose(backwards, forwards, rtol=1e-10)
-
-
-@every_mask
-def test_forward_mode(mask, x64):
-    f = jax.jit(functools.partial(outputs, mask=mask))
-    values, tangents = jax.jvp(f, AT, ALONG)
-    assert_close(values, oracle(*AT, mask), 1e-12)
-    assert_close(tangents, directional(lambda *v: oracle(*v, mask), AT, ALONG))
-    cotangents = tuple(map(np.cos, tangents))
-    assert_transposed(jax.vjp(f, *AT)[1](cotangents), cotangents, tangents)
-    _, linear = jax.linearize(f, *AT)
-    for factor in (1, -3):
-        got = linear(*(factor * v for v in ALONG))
-        assert_close(got, tuple(factor * v for v in tangents), 1e-12)
 
 
 @each_map

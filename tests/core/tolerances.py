@@ -105,4 +105,5 @@ def assert_moments(got, want: reference.Moments, elements: int, parts: int = 1):
     assert_close(got.mean, want.mean, mean, "mean")
     assert_close(got.var, want.var, var, "var")
     assert_close(got.count, want.count, 1e-5 * want.count, "count")
+    assert_close(got.weight, want.weight, 1e-5 * want.weight, "weight")
     assert np.all(got.var >= 0)

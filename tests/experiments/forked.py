@@ -16,8 +16,9 @@ from pathlib import Path
 LIMIT = 200  # seconds, for a program that hangs
 
 for module in (
-    "experiments.compare", "bn_jax.data", "bn_jax.measure", "bn_jax.models", "bn_jax.report",
-    "bn_jax.training.distributed", "experiments.survival", "flax.serialization",
+    "bn_jax.lab.comparison", "bn_jax.lab.data", "bn_jax.lab.sweeps", "bn_jax.lab.statistics",
+    "bn_jax.lab.models", "bn_jax.lab.report",
+    "bn_jax.lab.training.distributed", "bn_jax.lab.resumable", "flax.serialization",
     "orbax.checkpoint", "rich.table", "sklearn.datasets", "sklearn.model_selection",
     "tensorflow_datasets",
 ):  # fmt: skip

@@ -11,16 +11,18 @@ from typing import NamedTuple
 import numpy as np
 from programs import TINY, Server
 
-from bn_jax.report import read_records
+from bn_jax.lab.report import read_records
 
 FLAGS = ("--arms=bn", *TINY, "--checkpoint_every=0", "--patience=2")
 # What is left are the last weights of all runs, as a watcher had kept them; no page.
 PROGRAM = """
 import jax, numpy as np
-from experiments import compare, flags
-from experiments.arms import chosen_arms, norm_arms
-from experiments.conduct import Extra, conduct
-from experiments.watchers import Weights
+from bn_jax.lab import experiment, flags
+from experiments import compare
+from bn_jax.lab.arms import chosen_arms, norm_arms
+from bn_jax.lab.experiment import run_experiment
+from bn_jax.lab.findings import Findings
+from bn_jax.lab.watchers import Weights
 from pathlib import Path
 
 def run(config):
@@ -29,11 +31,15 @@ def run(config):
         arrays = {str((*k, i)): np.asarray(v) for k, tree in weights.kept.items()
                   for i, v in enumerate(jax.tree.leaves(tree))}
         np.savez(Path(config.workdir) / "weights.npz", **arrays)
-        return Extra()
-    def write(records, summary, settings, folder, figures):
-        (folder / "summary.json").write_text("{}")
-    return conduct(config, chosen_arms(config, norm_arms()), experiment="compare",
-                   question="", conclude=conclude, write=write, watch=weights)
+        return Findings()
+    return run_experiment(config, chosen_arms(config.arms, norm_arms()), experiment="compare",
+                   question="", conclude=conclude, watch=weights)
+
+def write(records, summary, settings, folder, figures):
+    for name in ("summary.json", "report.html"):
+        (folder / name).write_text("{}")
+
+experiment.write = write
 
 flags.main(compare.Config, run)
 """

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 COMPARE = """
-from experiments import compare, flags
+from bn_jax.lab import flags
+from experiments import compare
 flags.main(compare.Config, compare.run)
 """
 # Tiny runs, one after the other so that records appear one by one. All of one shape, for

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx, traverse_util
 
+from bn_jax.errors import UserError
+from bn_jax.lab.tools import checkpoint, diagnose, fold, recalibrate
 from bn_jax.surgery import fold as fold_model
 from bn_jax.surgery import recalibrate as recalibrate_model
-from experiments import checkpoint, diagnose, fold, recalibrate
 
 SOURCE = """
 import flax.linen as nn
@@ -26,6 +27,13 @@ class Linen(nn.Module):
         return nn.Dense(2)(nn.relu(nn.BatchNorm(use_running_average=not train)(nn.relu(x))))
 
 
+class Dropped(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dropout(0.5, deterministic=not train)(nn.Dense(4)(x))
+        return nn.BatchNorm(use_running_average=not train)(x)
+
+
 class Nnx(nnx.Module):
     def __init__(self, rngs):
         self.layers = nnx.List([nnx.Linear(3, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)])
@@ -35,7 +43,7 @@ class Nnx(nnx.Module):
         return norm(dense(x), use_running_average=not train)
 
 
-linen, other = Linen(), 3
+linen, dropped, other = Linen(), Dropped(), 3
 
 
 def make_nnx():
@@ -51,12 +59,20 @@ def folder(tmp_path_factory):
     (folder / "foreign_models.py").write_text(textwrap.dedent(SOURCE))
     np.save(folder / "inputs.npy", INPUTS)
     np.save(folder / "objects.npy", np.array([{}]), allow_pickle=True)
+    np.savez(folder / "several.npz", a=INPUTS, b=INPUTS)
+    (folder / "cut.npy").write_bytes((folder / "inputs.npy").read_bytes()[:-20])
+    for name, array in (
+        ("scalar", np.float32(3)), ("words", np.array(["a"])),
+    ):  # fmt: skip
+        np.save(folder / f"{name}.npy", array)
     sys.path.insert(0, str(folder))
     import foreign_models
 
     variables = foreign_models.linen.init(jax.random.key(0), INPUTS, train=False)
     # As a training state has it: more than the variables.
     checkpoint.save(folder / "linen", {**variables, "opt_state": {"m": jnp.ones(2)}, "step": 3})
+    drop = foreign_models.dropped.init(jax.random.key(0), INPUTS, train=False)
+    checkpoint.save(folder / "dropped", drop)
     checkpoint.save(folder / "make_nnx", nnx.split(foreign_models.make_nnx())[1])
     yield folder
     sys.path.remove(str(folder))
@@ -100,7 +116,7 @@ def test_what_is_loaded_is_what_was_saved(folder, name):
 
 @pytest.mark.parametrize("name", ["linen", "make_nnx"])
 def test_fold(folder, name, tmp_path, capsys):
-    config = checkpoint.WritingConfig(**settings(folder, name, out=str(tmp_path / "folded")))
+    config = fold.Config(**settings(folder, name, out=str(tmp_path / "folded")))
     fold.run(config)
     expected = fold_model(*checkpoint.load(config), train=False)
     assert_same(written(tmp_path / "folded"), expected.variables)
@@ -110,6 +126,13 @@ def test_fold(folder, name, tmp_path, capsys):
         assert "BatchNorm_1 stays: its input comes from relu" in shown
     else:
         assert "layers/1 into layers/0, which is before it" in shown
+
+
+def test_fold_excludes(folder, tmp_path, capsys):
+    out = {"out": str(tmp_path / "folded"), "exclude": ("*_0", "*_1")}
+    folded = fold.run(fold.Config(**settings(folder, "linen", **out)))
+    assert folded.pairs == []
+    assert "BatchNorm_0 stays: it is excluded" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["linen", "make_nnx"])
@@ -126,6 +149,27 @@ def test_recalibrate(folder, name, layer_by_layer, tmp_path):
         model, variables, batches, layer_by_layer=layer_by_layer, train=True
     )
     assert_same(written(tmp_path / "new"), expected)
+
+
+def test_recalibrate_with_dropout(folder, tmp_path):
+    more = {"out": str(tmp_path / "new"), "rngs": "dropout=3", "only": "Batch*"}
+    config = recalibrate.Config(**settings(folder, "dropped", **more))
+    recalibrate.run(config)
+    model, variables, inputs = checkpoint.load(config)
+    rngs = {"dropout": jax.random.key(3)}
+    expected = recalibrate_model(model, variables, [inputs], train=True, rngs=rngs)
+    assert_same(written(tmp_path / "new"), expected)
+
+
+def test_rngs_that_are_no_seeds(folder, tmp_path):
+    more = {"out": str(tmp_path / "new")}
+    with pytest.raises(UserError, match="--rngs=dropout: write keywords"):
+        recalibrate.Config(**settings(folder, "linen", **more), rngs="dropout")
+    with pytest.raises(UserError, match=r"--rngs=dropout='a': write seeds"):
+        recalibrate.Config(**settings(folder, "linen", **more), rngs="dropout='a'")
+    config = recalibrate.Config(**settings(folder, "make_nnx", **more), rngs="dropout=1")
+    with pytest.raises(UserError, match="an NNX model has streams of its own"):
+        recalibrate.run(config)
 
 
 @pytest.mark.parametrize("name", ["linen", "make_nnx"])
@@ -163,37 +207,38 @@ def test_diagnose_after_recalibration(folder, tmp_path, capsys):
         ("checkpoint", "nowhere", "--checkpoint=nowhere: there is no such folder"),
         ("checkpoint", "folder", "no Orbax checkpoint"),
         ("checkpoint", "make_nnx", "has no params at its top: there are layers"),
-        ("inputs", "nowhere.npy", "not an array that numpy.save wrote"),
+        ("inputs", "nowhere.npy", "--inputs=nowhere.npy is not there"),
+        ("inputs", "cut.npy", "is not an array that numpy.save wrote"),
+        ("inputs", "several.npz", "has several arrays (a, b): save one as .npy"),
+        ("inputs", "scalar.npy", "has shape (): [n, ...] is needed"),
+        ("inputs", "words.npy", "is of <U1: save numbers, as float32"),
         ("inputs", "objects.npy", "not an array that numpy.save wrote"),
         ("evaluate", "train", "write keywords, as in train=True"),
-        ("evaluate", "train=f()", "write keywords, as in train=True"),
         ("evaluate", "training=False", "unexpected keyword argument"),
         ("out", "linen", "name a folder that is not there yet"),
         ("out", "", "name a folder that is not there yet"),
-        ("out", "~", "name a folder that is not there yet"),
+        ("exclude", "Dense_0", "no BatchNorm fits 'Dense_0'"),
+        ("out", "~nobody at all", "there is no such user"),
+        ("out", "/proc/x", "--out=/proc/x: /proc cannot be written"),
     ],
 )
-def test_refusals(folder, server, tmp_path, flag, value, message):
+def test_refusals(folder, tmp_path, flag, value, message):
     given = settings(folder, "linen", out=str(tmp_path / "out"))
     if value == "folder":
         value = str(tmp_path)
     elif value and (folder / value).exists():
         value = str(folder / value)
-    given[flag] = value
-    code = f"import sys; sys.path.insert(0, {str(folder)!r})\n" + (
-        "from experiments import checkpoint, flags, fold\n"
-        "flags.main(checkpoint.WritingConfig, fold.run)\n"
-    )
-    finished = server.run(*(f"--{k}={v}" for k, v in given.items()), code=code)
-    assert finished.code == 2
-    assert message in finished.err.splitlines()[-1]
+    value = (value,) if flag == "exclude" else value
+    with pytest.raises(UserError) as raised:
+        fold.run(fold.Config(**given | {flag: value}))
+    assert message in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["linen", "make_nnx"])
 def test_a_checkpoint_of_another_model(folder, tmp_path, name):
     checkpoint.save(tmp_path / "other", {"params": {"Dense_9": {"kernel": jnp.ones((2, 2))}}})
     given = settings(folder, name) | {"checkpoint": str(tmp_path / "other")}
-    config = fold.checkpoint.WritingConfig(**given, out=str(tmp_path / "out"))
+    config = fold.Config(**given, out=str(tmp_path / "out"))
     with pytest.raises(Exception, match=r"Dense_0|Dense_9") as raised:
         fold.run(config)
     assert type(raised.value).__name__ == "UserError"

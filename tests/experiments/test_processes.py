@@ -52,8 +52,7 @@ def test_two_processes_killed_and_started_again(pair, server, tmp_path):
     os.kill(second, signal.SIGKILL)
     first, killed = (s.wait() for s in pair)
     assert killed.code == -signal.SIGKILL
-    assert first.code == 1
-    assert "error: process 1 (" in first.err
+    assert first.code in (1, -signal.SIGABRT), first  # by its collective, or by JAX
 
     start(pair, folder)
     first, second = (s.wait() for s in pair)
@@ -84,8 +83,7 @@ def test_two_processes_killed_and_started_again(pair, server, tmp_path):
 )
 def test_what_several_processes_cannot_do(pair, tmp_path, flags, message):
     start(pair, tmp_path / "w", *flags)
-    for done in (s.wait() for s in pair):
-        assert done.code in (1, 2)
-        assert "error: " in done.err
-        ended = [line for line in done.err.splitlines() if line.startswith("error: ")]
-        assert message in ended[0] or "has ended before the others" in ended[0], done
+    done = [s.wait() for s in pair]
+    # One may be ended by the other's end.
+    assert {d.code for d in done} <= {1, 2, -signal.SIGABRT}
+    assert any(d.code == 2 and f"error: {message}" in d.err for d in done), done

@@ -4,13 +4,14 @@ import json
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 from killing import FLAGS, PROGRAM, assert_same, kill, records
 from programs import PROGRESS
 
-from bn_jax.training.checkpoint import Checkpoints, Restored
-from experiments.survival import Survival
+from bn_jax.lab.resumable import Resumable
+from bn_jax.lab.training.checkpoint import Checkpoints, Restored
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +33,14 @@ def test_killed_at_random_moments(whole, server, tmp_path, kills):
 # As a scheduler would, while the second run is trained: from outside it might come too late.
 SIGTERM = """
 import os, signal
-from experiments.survival import Survival
+from bn_jax.lab.resumable import Resumable
 
-def after(self, arm, evaluation, records, after=Survival.after):
+def after(self, arm, evaluation, records, after=Resumable.after):
     if len(records) == 1 and evaluation.step:
         os.kill(os.getpid(), signal.SIGTERM)
     after(self, arm, evaluation, records)
 
-Survival.after = after
+Resumable.after = after
 """
 
 
@@ -96,6 +97,38 @@ def test_a_damaged_checkpoint_is_said(whole, server, tmp_path):
     assert_same(folder, whole[0])
 
 
+KILLED_BEFORE_THE_PAGE = """
+import os, signal
+from pathlib import Path
+
+def write_text(self, text, write=Path.write_text):
+    if self.name == "report.html":
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, text)
+
+Path.write_text = write_text
+"""
+NOTHING_IS_TRAINED = """
+from bn_jax.lab.resumable import Resumable
+
+def after(self, *_):
+    raise AssertionError("trained again")
+
+Resumable.after = after
+"""
+
+
+def test_what_a_watcher_kept_outlives_the_training(whole, server, tmp_path):
+    """Of a run too short for a checkpoint by the clock."""
+    flags = [f for f in FLAGS if "checkpoint_every" not in f] + [f"--workdir={tmp_path}"]
+    done = server.run(*flags, before=KILLED_BEFORE_THE_PAGE, code=PROGRAM)
+    assert done.code == -signal.SIGKILL
+    (tmp_path / "weights.npz").unlink()
+    done = server.run(*flags, before=NOTHING_IS_TRAINED, code=PROGRAM)
+    assert done.code == 0, done
+    assert_same(tmp_path, whole[0])
+
+
 def test_records_of_no_checkpoint_are_made_again(whole, server, tmp_path):
     """As after a kill within the first minute."""
     folder, flags = tmp_path / "w", [f for f in FLAGS if "checkpoint_every" not in f]
@@ -112,7 +145,8 @@ def test_records_of_no_checkpoint_are_made_again(whole, server, tmp_path):
 
 # Small networks of inception: an arm, and an ensemble of two and of one network.
 INCEPTION = """
-from experiments import flags, inception
+from bn_jax.lab import flags
+from experiments import inception
 flags.main(inception.Config, inception.run)
 """
 ENSEMBLE = (
@@ -123,7 +157,7 @@ ENSEMBLE = (
 # While the second of the three is trained.
 KILL = """
 import os, signal
-from experiments import watchers
+from bn_jax.lab import watchers
 
 def see(self, arm, evaluation, call=watchers.Weights.__call__):
     if arm == "ensemble, dropout 0.05" and evaluation.number and evaluation.step >= 4:
@@ -171,12 +205,17 @@ def test_arms_that_follow_others(monkeypatch, tmp_path):
     """Where a run goes on that was stopped within its second arms."""
     about = {"arm": "c", "number": 2, "records": [], "steps": 130}
     found = Restored(130, None, about)
-    monkeypatch.setattr(Checkpoints, "newest", lambda self: found)
-    survival = Survival(tmp_path, 60, {})
-    assert (survival.done(100), list(survival.rest({"a": 1, "b": 2}))) == (100, [])
-    assert survival.done(60) == 30
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.setattr(Checkpoints, "restore", lambda self: found)
+    resumable = Resumable(tmp_path, 60, {})
+
+    def plans(steps):
+        return {"x": SimpleNamespace(budget=SimpleNamespace(steps=steps), count=1)}
+
+    assert (resumable.done(plans(100)), list(resumable.rest({"a": 1, "b": 2}))) == (100, [])
+    assert resumable.done(plans(60)) == 30
     began = {
-        arm: survival.where(arm).get("first") for arm, _ in survival.rest({"c": 3, "d": 4})
+        arm: resumable.where(arm).get("first") for arm, _ in resumable.rest({"c": 3, "d": 4})
     }
     assert began == {"c": 2, "d": None}
-    assert (survival.done(20), list(survival.rest({"e": 5}))) == (0, [("e", 5)])
+    assert (resumable.done(plans(20)), list(resumable.rest({"e": 5}))) == (0, [("e", 5)])

@@ -7,6 +7,8 @@ older than the save before the one that was going on.
 """
 
 import argparse
+import contextlib
+import io
 import itertools
 import multiprocessing
 import os
@@ -24,7 +26,7 @@ import numpy as np
 # A script's path is its own folder.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from bn_jax.training.checkpoint import Checkpoints
+from bn_jax.lab.training.checkpoint import Checkpoints
 
 
 class Outcome(NamedTuple):
@@ -55,13 +57,12 @@ def extra_at(step):
 
 def save_on(folder, log):
     """Goes on from the newest checkpoint; the log gets each step when its `save` returns."""
-    checkpoints = Checkpoints(folder, best="metric")
+    checkpoints = Checkpoints(folder)
     restored = checkpoints.restore(state_at(0))
     first = 0 if restored is None else restored.step + 1
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for step in itertools.count(first):
-        metrics = {"metric": step * 37 % 101}
-        checkpoints.save(step, state_at(step), extra_at(step), metrics)
+        checkpoints.save(step, state_at(step), extra_at(step))
         os.write(file, b"%d\n" % step)
 
 
@@ -73,7 +74,7 @@ def kills(folder, count, rng):
     """
     context = multiprocessing.get_context("forkserver")
     # The children start in no time, as the server that they fork from has imported all.
-    context.set_forkserver_preload(["bn_jax.training.checkpoint", "orbax.checkpoint"])
+    context.set_forkserver_preload(["bn_jax.lab.training.checkpoint"])
     log = Path(folder) / "log"
     log.touch()
     for _ in range(count):
@@ -91,11 +92,11 @@ def kills(folder, count, rng):
 
 def _look(folder, started):
     inside = any(folder.glob("*.orbax-checkpoint-tmp*"))
-    said = []
-    checkpoints = Checkpoints(folder, best="metric", say=said.append)
-    restored = checkpoints.restore(state_at(0))
-    checkpoints.close()
-    assert not said, said
+    checkpoints = Checkpoints(folder)
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        restored = checkpoints.restore(state_at(0))
+        checkpoints.close()
+    assert not said.getvalue()
     found = -1 if restored is None else restored.step
     assert found >= started - 1, f"step {found} is left of {started}"
     if restored is not None:

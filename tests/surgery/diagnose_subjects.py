@@ -76,7 +76,7 @@ class Subject(NamedTuple):
         return diagnose(self.model, self.variables, *(batches or [X]), **options)
 
     def leaf(self, path, name):
-        return get_leaves(self.variables, path)[name]
+        return get_leaves(self.model, self.variables, path)[name]
 
     def with_leaf(self, path, name, value):
         old = self.leaf(path, name)

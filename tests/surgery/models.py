@@ -202,6 +202,39 @@ def drawn(shapes):
     return jax.tree_util.tree_map_with_path(one, shapes)
 
 
+def compact(function):
+    """A Linen model out of what it does; layers are made in the call."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, *inputs, **call):
+            return function(*inputs, **call)
+
+    return Model()
+
+
+def in_nnx(layers, function):
+    """An NNX model out of its layers, made without arguments, and of what it does."""
+
+    class Model(nnx.Module):
+        def __init__(self):
+            for name, layer in layers().items():
+                setattr(self, name, layer)
+
+        def __call__(self, *inputs):
+            return function(self, *inputs)
+
+    return Model
+
+
+def two_layers():
+    """Two linear layers, a and b, and two BatchNorms at inference, n and m, by name."""
+    rngs = nnx.Rngs(0)
+    norms = functools.partial(bn_jax.nnx.BatchNorm, 4, use_running_average=True, rngs=rngs)
+    dense = functools.partial(nnx.Linear, 4, 4, rngs=rngs)
+    return {"a": dense(), "b": dense(), "n": norms(), "m": norms()}
+
+
 def output(model, variables, *inputs, **call):
     """What the model returns."""
     if not isinstance(model, nnx.GraphDef):

@@ -1,6 +1,5 @@
 """The measures behind the findings, against float64, identities and brute force."""
 
-import io
 import json
 import math
 
@@ -8,16 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from diagnose_subjects import NORMS, SUBJECTS, X, fresh, healthy
-from rich.console import Console
+from diagnose_subjects import SUBJECTS, fresh
 
 import bn_jax.linen
-from bn_jax.report.findings import print_findings
 from bn_jax.surgery.diagnose import Finding, diagnose, findings_to_json
 from bn_jax.surgery.diagnose.findings import KINDS, worst_first
 from bn_jax.surgery.diagnose.gap import bisected, distance
-from bn_jax.surgery.diagnose.layers import Norm, joined, measure
 from bn_jax.surgery.diagnose.statistics import SAMPLING, divergence
+from bn_jax.surgery.diagnose.watch import Norm, joined, measure
 
 RNG = np.random.default_rng(0)
 
@@ -118,6 +115,11 @@ def test_distance():
     np.testing.assert_allclose(distance(jnp.array(3.0), jnp.array(2.0)), 0.5)
 
 
+def test_bad_input():
+    with pytest.raises(ValueError, match="pass a batch"):
+        diagnose(*fresh(SUBJECTS["linen"]))
+
+
 def a_finding(kind, figure, path=("norm",)):
     return Finding(kind, path, figure, 0, "it is so", "do this")
 
@@ -128,7 +130,8 @@ def test_order():
     assert list(dict.fromkeys(f.kind for f in found)) == list(KINDS)
     figures = {kind: [f.figure for f in found if f.kind == kind] for kind in KINDS}
     assert figures.pop("nonfinite") == [2, 3, 1]
-    assert figures.pop("low_variance") == figures.pop("too_few_elements") == [1, 2, 3]
+    for kind in ("negative_variance", "low_variance", "too_few_elements"):
+        assert figures.pop(kind) == [1, 2, 3]
     assert set(map(tuple, figures.values())) == {(3, 2, 1)}
 
 
@@ -142,43 +145,3 @@ def test_json():
         "meaning": "it is so", "remedy": "do this",
     }  # fmt: skip
     assert findings_to_json([]) == "[]"
-
-
-@pytest.mark.parametrize("width", [80, 200])
-def test_table(width):
-    found = fresh(SUBJECTS["linen"], bias=True).diagnose()
-    text = printed(found, width)
-    assert max(map(len, text.splitlines())) <= width
-    words = " ".join(text.replace("|", " ").split())
-    for f in found:
-        assert f.kind in words
-        assert f.path[0] in words
-        assert f.remedy.split(",")[0] in words
-    assert printed([], width) == "Nothing found.\n"
-
-
-def printed(found, width):
-    out = io.StringIO()
-    print_findings(found, Console(file=out, width=width))
-    return out.getvalue()
-
-
-def test_as_text():
-    (found,) = healthy(SUBJECTS["linen"], always=False).diagnose()
-    assert str(found).startswith(f"{NORMS[1][0]}: training_mode_in_evaluation: it normalises")
-    assert len(str(found).splitlines()) == 1
-
-
-def test_no_batch():
-    with pytest.raises(ValueError, match="pass a batch"):
-        diagnose(*fresh(SUBJECTS["linen"]))
-
-
-def test_inputs_are_kept():
-    """Twice is the same, and nothing of the caller's has moved."""
-    for build in (SUBJECTS["linen"], SUBJECTS["nnx"]):
-        subject = healthy(build).scaled_stats(NORMS[0], 4)
-        before = jax.tree.map(jnp.copy, subject.variables)
-        assert subject.diagnose() == subject.diagnose()
-        assert jax.tree.all(jax.tree.map(jnp.array_equal, subject.variables, before))
-        assert X.shape == (64, 6)

@@ -13,7 +13,6 @@ from diagnose_subjects import (
     NnxNet,
     X,
     each_subject,
-    every_subject,
     fresh,
     healthy,
     kinds,
@@ -24,13 +23,13 @@ import bn_jax.nnx
 from bn_jax.surgery.diagnose import diagnose
 
 
-@every_subject
+@each_subject
 def test_healthy(build):
     assert healthy(build).diagnose() == []
     assert healthy(build).diagnose(X, X[::-1]) == []
 
 
-@every_subject
+@each_subject
 def test_fresh(build):
     found = fresh(build).diagnose()
     assert [(f.kind, f.path) for f in found] == [("never_updated", p) for p in NORMS]

@@ -7,34 +7,17 @@ import pytest
 from diagnose_subjects import (
     NORMS,
     SUBJECTS,
-    X,
     dropout_rngs,
     each_subject,
     healthy,
     kinds,
 )
 
-import bn_jax.linen
-import bn_jax.nnx
-from bn_jax.surgery.diagnose import diagnose
-
 
 @each_subject
 def test_training_mode_in_evaluation(build):
     found = healthy(build, always=False).diagnose()
     assert kinds(found) == {("training_mode_in_evaluation", NORMS[1])}
-
-
-def test_training_mode_by_a_call_that_is_the_same():
-    """Without a word for the mode there is none to evaluate in."""
-    module = bn_jax.linen.BatchNorm(use_running_average=False)
-    variables = module.init(jax.random.key(0), X)
-    variables["batch_stats"] = {"mean": X.mean(0), "var": X.var(0)}
-    sequence = bn_jax.linen.nn.Sequential([module])
-    under = {c: {"layers_0": v} for c, v in variables.items()}
-    assert kinds(diagnose(sequence, under, X)) == {
-        ("training_mode_in_evaluation", ("layers_0",))
-    }
 
 
 @each_subject
@@ -50,7 +33,9 @@ def test_useful_bias(build):
     """There is something between it and the BatchNorm, or that is frozen."""
     between = healthy(build, bias=True, between=jax.nn.softplus).diagnose()
     frozen = healthy(build, bias=True, always=True).diagnose()
-    assert kinds(between) == kinds(frozen) == {("useless_bias", ("dense0",))}
+    assert kinds(between) == {("useless_bias", ("dense0",))}
+    # Recalibration leaves a layer that its constructor froze with its initial statistics.
+    assert kinds(frozen) == kinds(between) | {("never_updated", NORMS[1])}
 
 
 def not_scale(params):
@@ -84,13 +69,6 @@ def test_decayed_scale(optimizer):
 @pytest.mark.parametrize("optimizer", SPARING.values(), ids=SPARING)
 def test_scale_that_is_not_decayed(optimizer):
     assert healthy(SUBJECTS["linen"]).diagnose(optimizer=optimizer) == []
-
-
-@pytest.mark.parametrize("build", [SUBJECTS["nnx"], SUBJECTS["flax linen"]])
-def test_decay_in_other_models(build):
-    found = healthy(build).diagnose(optimizer=optax.adamw(1e-2))
-    assert [(f.kind, f.path) for f in found] == [("decayed_scale", p) for p in NORMS]
-    assert healthy(build).diagnose(optimizer=optax.adamw(1e-2, mask=not_scale)) == []
 
 
 def test_decay_in_figures():

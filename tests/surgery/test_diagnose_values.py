@@ -1,5 +1,6 @@
 """Findings about values that are not finite, and copies that differ."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,3 +100,25 @@ def test_replicas_disagree_in_a_replicated_array(build, ill, make_mesh):
         other["params"]["dense0"]["kernel"] = whole
     found = diagnose(subject.model, other, X)
     assert kinds(found) == ({("replicas_disagree", ("dense0",))} if ill else set())
+
+
+NEGATIVE = {"negative": (-0.1, 1e-5), "negative epsilon": (1e-5, -1e-4), "zero": (0.0, 0.0)}
+
+
+@pytest.mark.parametrize(("var", "epsilon"), NEGATIVE.values(), ids=NEGATIVE)
+def test_a_variance_that_no_data_have_is_named(var, epsilon):
+    """As an optimizer leaves it that takes statistics for parameters (FedAdam)."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            norm = nn.BatchNorm(use_running_average=not train, epsilon=epsilon)
+            return norm(nn.Dense(4, use_bias=False)(x))
+
+    variables = Net().init(jax.random.key(0), X, train=False)
+    stats = variables["batch_stats"]["BatchNorm_0"]
+    stats["var"] = stats["var"].at[2].set(var)
+    found = {f.kind: f for f in diagnose(Net(), variables, X)}
+    assert found["negative_variance"].path == ("BatchNorm_0",)
+    assert found["negative_variance"].figure == pytest.approx(var)
+    assert "nonfinite" in found

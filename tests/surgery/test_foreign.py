@@ -12,16 +12,7 @@ import pytest
 from models import BasicBlock, ResNet
 from sklearn.datasets import load_digits
 
-from bn_jax.surgery import (
-    accumulate_exactly,
-    decay_mask,
-    diagnose,
-    fold,
-    freeze,
-    frozen_mask,
-    recalibrate,
-)
-from bn_jax.training.metrics import cross_entropy
+from bn_jax.surgery import diagnose, fold, freeze, recalibrate
 
 MODEL = ResNet((1, 1), BasicBlock, num_classes=10, filters=16)
 NORMS = 6  # the stem's, two in each block, one in the second one's shortcut
@@ -48,7 +39,8 @@ def trained(digits):
             outputs, new = MODEL.apply(
                 {**variables, "params": params}, images, mutable=["batch_stats"]
             )
-            return cross_entropy(outputs, labels).mean(), new
+            losses = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+            return losses.mean(), new
 
         (_, new), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])
         updates, opt_state = optimizer.update(grads, opt_state)
@@ -67,16 +59,17 @@ def accuracy(model, variables, digits):
     return float((outputs.argmax(-1) == labels[1024:1280]).mean())
 
 
-def test_fold(trained, digits):
-    folded = fold(MODEL, trained, digits[0][:8], train=False)
-    assert len(folded.pairs) == NORMS
-    assert not folded.refused
-    assert folded.difference <= 1e-5
-    assert "batch_stats" not in folded.variables
+def test_fold_and_freeze(trained, digits):
     other = digits[0][-8:]
     want = MODEL.apply(trained, other, train=False)
-    got = folded.model.apply(folded.variables, other, train=False)
-    np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
+    folded = fold(MODEL, trained, digits[0][:8], train=False)
+    assert (len(folded.pairs), folded.refused) == (NORMS, {})
+    assert folded.difference <= 1e-5
+    frozen = freeze(MODEL, trained, normalize="*", keep="*")
+    for model, variables in ((folded.model, folded.variables), (frozen, trained)):
+        got, new = model.apply(variables, other, mutable=["batch_stats"])
+        np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
+    jax.tree.map(np.testing.assert_array_equal, new["batch_stats"], trained["batch_stats"])
 
 
 def test_recalibrate(trained, digits):
@@ -84,41 +77,6 @@ def test_recalibrate(trained, digits):
     new = recalibrate(MODEL, trained, batches, layer_by_layer=True, train=True)
     assert accuracy(MODEL, new, digits) > accuracy(MODEL, trained, digits) - 0.02
     assert accuracy(MODEL, new, digits) > 0.5
-    # The statistics are those of what the layers see at inference.
-    joined, seen = jnp.concatenate(batches), []
-    jax.tree.map(np.testing.assert_array_equal, new["params"], trained["params"])
-    _, state = MODEL.apply(
-        new, joined, train=False, mutable=["intermediates"],
-        capture_intermediates=lambda module, _: module.name == "conv_init",
-    )  # fmt: skip
-    seen = state["intermediates"]["conv_init"]["__call__"][0]
-    np.testing.assert_allclose(
-        new["batch_stats"]["bn_init"]["mean"], seen.mean((0, 1, 2)), rtol=1e-4, atol=1e-5
-    )
-    np.testing.assert_allclose(
-        new["batch_stats"]["bn_init"]["var"], seen.var((0, 1, 2)), rtol=1e-4
-    )
-
-
-def test_freeze(trained, digits):
-    frozen = freeze(MODEL, trained, normalize="*", keep="*")
-    y, new = frozen.apply(trained, digits[0][:8], mutable=["batch_stats"])
-    np.testing.assert_allclose(y, MODEL.apply(trained, digits[0][:8], train=False), rtol=1e-5)
-    jax.tree.map(np.testing.assert_array_equal, new["batch_stats"], trained["batch_stats"])
-    optimizer = optax.chain(
-        optax.adamw(1e-2, mask=decay_mask(trained)),
-        optax.masked(optax.set_to_zero(), frozen_mask(trained, "BasicBlock_*")),
-    )
-    grads = jax.tree.map(jnp.ones_like, trained["params"])
-    updates, _ = optimizer.update(grads, optimizer.init(trained["params"]), trained["params"])
-    moved = {
-        "/".join(k.key for k in path)
-        for path, v in jax.tree_util.tree_leaves_with_path(updates)
-        if v.any()
-    }
-    still = {p for p in moved if "BasicBlock" in p and ("BatchNorm" in p or "norm_proj" in p)}
-    assert not still
-    assert {"bn_init/scale", "BasicBlock_0/Conv_0/kernel", "Dense_0/bias"} <= moved
 
 
 def test_diagnose(trained, digits):
@@ -129,20 +87,3 @@ def test_diagnose(trained, digits):
     findings = diagnose(MODEL, {**healthy, "batch_stats": stats}, digits[0][:256])
     assert ("stale", ("BasicBlock_1", "norm_proj")) in {(f.kind, f.path) for f in findings}
     assert {f.path for f in findings} == {("BasicBlock_1", "norm_proj")}
-
-
-def test_accumulate(trained, digits):
-    def loss(outputs, labels):
-        return cross_entropy(outputs, labels).mean()
-
-    images, labels = digits[0][:16], digits[1][:16]
-
-    def big(params):
-        outputs, _ = MODEL.apply({**trained, "params": params}, images, mutable=["batch_stats"])
-        return loss(outputs, labels)
-
-    want = jax.jit(jax.grad(big))(trained["params"])
-    parts = images.reshape(2, 8, *images.shape[1:]), labels.reshape(2, 8)
-    _, got, _ = accumulate_exactly(MODEL, trained, loss, parts, train=True)
-    largest = max(float(jnp.abs(v).max()) for v in jax.tree.leaves(want))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * largest), got, want)

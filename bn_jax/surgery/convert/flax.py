@@ -7,9 +7,11 @@ from typing import Any
 import flax.linen as nn
 from flax import nnx
 
+from bn_jax.surgery.calls import Adapter
 from bn_jax.surgery.convert import batch_norm, models
-from bn_jax.surgery.convert.layers import Arrays, Layer
-from bn_jax.surgery.convert.network import Framework, dump, load
+from bn_jax.surgery.convert.layers import Arrays
+from bn_jax.surgery.convert.network import Conversion, Framework, split
+from bn_jax.surgery.intercept import known
 
 KEPT = ("axis", "axis_name", "axis_index_groups", "dtype", "param_dtype")
 
@@ -24,15 +26,17 @@ def from_flax(foreign: Any, model: Any, variables: Any, *inputs: Any, **options:
         variables, call) with keyword arguments of its own, in place of those in `options`.
         Its layers are in the order of first calls too.
     """
-    return load(_framework(inputs, options), foreign, model, variables, *inputs, **options)
+    framework = _framework(inputs, options)
+    return Conversion(framework, foreign, model, variables, inputs, options).result()
 
 
 def to_flax(foreign: Any, model: Any, variables: Any, *inputs: Any, **options: Any) -> Any:
     """The variables of the model `foreign`, with the model's values: `from_flax`, reversed."""
-    return dump(_framework(inputs, options), foreign, model, variables, *inputs, **options)
+    framework = _framework(inputs, options)
+    return Conversion(framework, foreign, model, variables, inputs, options, back=True).result()
 
 
-def layer_from_flax(layer: tuple[Any, Any]) -> tuple[dict[str, Any], dict[str, Arrays]]:
+def layer_from_flax(layer: tuple[Any, Any]) -> batch_norm.Read:
     """The fields of our BatchNorm and its variables, from Flax's. Use as `layer_from_torch`.
 
     Args:
@@ -45,20 +49,15 @@ def layer_from_flax(layer: tuple[Any, Any]) -> tuple[dict[str, Any], dict[str, A
     module, stored = batch_norm.opened(*layer)
     if not isinstance(module, nn.BatchNorm | nnx.BatchNorm):
         raise ValueError(f"not a BatchNorm of Flax, but {type(module).__name__}")
-    read = Layer("", ("BatchNorm",), stored, models.settings(module))
     kept = {name: getattr(module, name) for name in KEPT}
-    return batch_norm.fields_and_variables([read], models.CODECS, **kept)
+    settings = models.batch_norm_settings(module, Adapter())
+    return batch_norm.fields_and_variables(settings, stored, **kept)
 
 
 def layer_to_flax(layer: Any, variables: Any) -> tuple[dict[str, Any], dict[str, Arrays]]:
     """(keyword arguments of Flax's BatchNorm, Linen's or NNX's; params and batch_stats).
 
-    Args:
-      layer, variables: as in `layer_to_torch`.
-
-    Raises:
-      TypeError: no BatchNorm of bn_jax.
-      ValueError: something that Flax's layer does not have, with what to do.
+    Arguments and errors as for `layer_to_torch`.
     """
     fields, arrays = batch_norm.carried(layer, variables, "flax", has=KEPT)
     params = {n: v for n, v in arrays.items() if n in ("scale", "bias")}
@@ -66,11 +65,21 @@ def layer_to_flax(layer: Any, variables: Any) -> tuple[dict[str, Any], dict[str,
     return fields, ({"params": params} if params else {}) | stats
 
 
-def _framework(inputs, options):
-    own = {k: v for k, v in options.items() if k not in ("names", "flattened", "unflattened")}
+def _framework(inputs, options) -> Framework:
+    own, call = split(options)
+    norms = known(own.batch_norms)
+
+    def opened(foreign):
+        model, variables, *said = foreign
+        return model, variables, (said[0] if said else call)
 
     def read(foreign):
-        model, variables, *call = foreign
-        return models.read(model, variables, *inputs, **(call[0] if call else own))
+        model, variables, call = opened(foreign)
+        return models.read(model, variables, inputs, call, norms)
 
-    return Framework(read, lambda foreign, new: models.write(foreign[1], new), models.CODECS)
+    def runner(foreign, written):
+        model, variables, call = opened(foreign)
+        run = models.run(model, call)
+        return lambda *inputs: run(variables if written is None else written, inputs)
+
+    return Framework(read, lambda foreign, new: models.write(foreign[1], new), runner)

@@ -1,4 +1,4 @@
-"""Haiku: (params, state), as `transform_with_state` returns them."""
+"""Haiku: a BatchNorm in (params, state), as `init` of `transform_with_state` returns them."""
 
 from __future__ import annotations
 
@@ -7,56 +7,25 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from bn_jax.core.presets import PRESETS
 from bn_jax.surgery.convert import batch_norm
-from bn_jax.surgery.convert.layers import (
-    Arrays,
-    Codec,
-    Layer,
-    Leaf,
-    codec,
-    single_count,
-    stored_array,
-    vector,
-)
-from bn_jax.surgery.convert.network import Framework, dump, load
+from bn_jax.surgery.convert.layers import single_count, stored_array
 
 AVERAGES = {"mean_ema": "mean", "var_ema": "var"}
+AFFINE = {"scale": "scale", "offset": "bias"}
 FIELDS = {
     "eps": "epsilon",
     "cross_replica_axis": "axis_name",
     "cross_replica_axis_index_groups": "axis_index_groups",
 }
+Tree = Mapping[str, Mapping[str, Any]]
 
 
-def from_haiku(foreign: Any, model: Any, variables: Any, *inputs: Any, **options: Any) -> Any:
-    """The variables with the parameters and statistics of a Haiku model.
-
-    Arguments and errors as for `from_torch`, but for
-
-    Args:
-      foreign: (params, state). In the order in which `init` made them: JAX sorts the names
-        of a dict in all that it returns, and of sorted ones the order is not known. Then
-        give `names`, or `{name: params[name] for name in init(key, x)[0]}`.
-
-    The settings of its layers are not in them: decay rates and epsilons are not compared.
-    """
-    return load(HAIKU, foreign, model, variables, *inputs, **_ordered(foreign, options))
-
-
-def to_haiku(
-    foreign: Any, model: Any, variables: Any, *inputs: Any, **options: Any
-) -> tuple[Any, Any]:
-    """(params, state) like `foreign`, with the model's values. Arguments as `from_haiku`."""
-    return dump(HAIKU, foreign, model, variables, *inputs, **_ordered(foreign, options))
-
-
-def layer_from_haiku(
-    layer: tuple[Mapping[str, Any], Mapping[str, Any]], **settings: Any
-) -> tuple[dict[str, Any], dict[str, Arrays]]:
+def layer_from_haiku(layer: tuple[Tree, Tree], **settings: Any) -> batch_norm.Read:
     """The fields of our BatchNorm and its variables, from a `haiku.BatchNorm`.
 
     Its averages are ours, its counter the count of every feature. Use as `layer_from_torch`.
+    A layer of a larger model is what these have of it: `{name: params[name]}` and the state
+    whose keys begin with the name.
 
     Args:
       layer: (params, state) of a model that is this layer, or of one with it alone.
@@ -72,33 +41,38 @@ def layer_from_haiku(
             f"settings {', '.join(settings) or 'none'}: give decay_rate and, of "
             f"{', '.join(known[1:])}, what the layer was constructed with"
         )
+    params, state = layer
+    averages = {key.rpartition("/~/")[2]: entry for key, entry in state.items()}
+    names = {*params, *(key.rpartition("/~/")[0] for key in state)}
+    if len(names) != 1 or averages.keys() != AVERAGES.keys():
+        raise ValueError(f"not a BatchNorm, but {', '.join(names)}: give its part of the trees")
+    affine = {AFFINE[leaf]: v for entry in params.values() for leaf, v in entry.items()}
+    stats = {ours: averages[name]["average"] for name, ours in AVERAGES.items()}
+    arrays = {n: stored_array(v, n).reshape(-1) for n, v in (affine | stats).items()}
     fields = {ours: settings[name] for name, ours in FIELDS.items() if name in settings}
     if settings.get("data_format", "").startswith(("channels_first", "NC")):
         fields["axis"] = 1
-    fields = batch_norm.settings("haiku", momentum=settings["decay_rate"]) | fields
-    return batch_norm.fields_and_variables(_read(layer), CODECS, **fields)
+    return batch_norm.fields_and_variables(
+        batch_norm.settings("haiku", momentum=settings["decay_rate"]),
+        arrays | {"count": averages["mean_ema"]["counter"]},
+        **fields,
+    )
 
 
 def layer_to_haiku(
     layer: Any, variables: Any, *, ndim: int
-) -> tuple[dict[str, Any], tuple[dict[str, Any], dict[str, Any]]]:
+) -> tuple[dict[str, Any], tuple[Tree, Tree]]:
     """(keyword arguments of `haiku.BatchNorm`, (params, state) of a model that it is).
 
-    Args:
-      layer, variables: as in `layer_to_torch`.
-      ndim: rank of the layer's inputs, which Haiku's arrays have too.
-
-    Raises:
-      TypeError: no BatchNorm of bn_jax.
-      ValueError: something that Haiku's layer does not have, with what to do.
+    Arguments and errors as for `layer_to_torch`; ndim is the rank of the layer's inputs, which
+    Haiku's arrays have too.
     """
-    fields, arrays = batch_norm.carried(
-        layer, variables, "haiku", has=("axis_name", "axis_index_groups")
-    )
-    shape = [1] * ndim
-    shape[fields["axis"]] = -1
+    has = ("axis_name", "axis_index_groups")
+    fields, arrays = batch_norm.carried(layer, variables, "haiku", has=has)
     if fields["axis"] not in (1, -1, ndim - 1):
         raise ValueError(f"haiku's features are at axis 1 or the last, not {fields['axis']}")
+    shape = [1] * ndim
+    shape[fields["axis"]] = -1
     given = {name: fields[ours] for name, ours in FIELDS.items() if fields[ours] is not None}
     settings = given | {
         "decay_rate": fields["momentum"],
@@ -106,103 +80,13 @@ def layer_to_haiku(
         "create_offset": fields["use_bias"],
         "data_format": "channels_first" if shape[-1] == 1 else "channels_last",
     }
-    stored = CODECS["BatchNorm"].encode(arrays, fields)
-    stored = {name: v.reshape(shape) if v.ndim else v for name, v in stored.items()}
-    return settings, _write(({}, {}), {"batch_norm": stored})
-
-
-def _ordered(foreign, options):
-    """The options; a ValueError where the order of the layers is not known."""
-    names = [layer.name for layer in _read(foreign)]
-    known = list(foreign[0]) == names and names != sorted(names)
-    if len(names) > 1 and options.get("names") is None and not known:
-        raise ValueError(
-            f"the order of {', '.join(names)} is not known: JAX sorts names, and a BatchNorm "
-            "without parameters has no place among the others: give names={name there: path "
-            "here}, or the params in the order of init's"
-        )
-    return options
-
-
-def _read(foreign: Any) -> list[Layer]:
-    params, state = foreign
-    stored = {
-        name: {leaf: stored_array(v, f"{name}/{leaf}") for leaf, v in entry.items()}
-        for name, entry in params.items()
-    }
-    norms = set()
-    for key, entry in state.items():
-        name, _, average = key.rpartition("/~/")
-        if average not in AVERAGES:
-            raise ValueError(f"cannot convert the state of {key}: it is of no BatchNorm")
-        norms.add(name)
-        stored.setdefault(name, {}).update(
-            {f"{average}/{leaf}": stored_array(v, f"{key}/{leaf}") for leaf, v in entry.items()}
-        )
-    return [
-        Layer(name, ("BatchNorm",), arrays, _NORM) if name in norms
-        else Layer(name, _kinds(name, arrays), arrays)
-        for name, arrays in stored.items()
-    ]  # fmt: skip
-
-
-def _kinds(name, arrays):
-    if arrays.keys() <= {"scale", "offset"}:
-        return ("LayerNorm", "GroupNorm")
-    if arrays.keys() == {"embeddings"}:
-        return ("Embed",)
-    if "w" in arrays:
-        return ("Dense",) if arrays["w"].ndim == 2 else ("Conv", "ConvTranspose")
-    raise ValueError(f"cannot convert {name}: a layer of {', '.join(arrays)} is not known")
-
-
-def _write(foreign: Any, new: dict[str, Arrays]) -> tuple[Any, Any]:
-    params, state = ({key: dict(entry) for key, entry in part.items()} for part in foreign)
-    for name, arrays in new.items():
-        for leaf, v in arrays.items():
-            average, _, value = leaf.rpartition("/")
-            part, key = (state, f"{name}/~/{average}") if average else (params, name)
-            part.setdefault(key, {})[value] = v
-    return params, state
-
-
-def _decode_norm(layer):
-    stats = {
-        ours: layer.stored[f"{name}/average"].reshape(-1) for name, ours in AVERAGES.items()
-    }
-    return _AFFINE.decode(layer) | stats | {"count": layer.stored["mean_ema/counter"]}
-
-
-def _encode_norm(arrays, settings):
-    """hidden = average (1 - decay^counter), as rounded there."""
     count = single_count(arrays["count"])
-    left = 1 - jnp.power(jnp.asarray(settings["momentum"], arrays["mean"].dtype), count)
-    stored = _AFFINE.encode(arrays, settings)
+    # hidden = average (1 - decay^counter), as rounded there.
+    left = 1 - jnp.power(jnp.asarray(fields["momentum"], arrays["mean"].dtype), count)
+    state = {}
     for name, ours in AVERAGES.items():
-        stored |= {
-            f"{name}/average": arrays[ours],
-            f"{name}/hidden": arrays[ours] * left,
-            f"{name}/counter": count,
-        }
-    return stored
-
-
-def _swapped(v):
-    return jnp.swapaxes(v, -2, -1)
-
-
-# Decay and epsilon are not among the arrays.
-_NORM = {"layer": "BatchNorm"} | {n: PRESETS["haiku"][n] for n in ("estimator", "unbiased")}
-_AFFINE = codec(scale=vector("scale"), bias=vector("offset"))
-_AVERAGES = {f"{name}/{leaf}" for name in AVERAGES for leaf in ("average", "hidden", "counter")}
-CODECS = {
-    "Dense": codec(kernel=Leaf("w"), bias=Leaf("b")),
-    "Conv": codec(kernel=Leaf("w"), bias=vector("b")),
-    # A correlation, as Flax's is, that is stored as [*window, out, in].
-    "ConvTranspose": codec(kernel=Leaf("w", _swapped, _swapped), bias=vector("b")),
-    "Embed": codec(embedding=Leaf("embeddings")),
-    "LayerNorm": _AFFINE,
-    "GroupNorm": _AFFINE,
-    "BatchNorm": Codec(_AFFINE.names | _AVERAGES, _decode_norm, _encode_norm),
-}
-HAIKU = Framework(_read, _write, CODECS)
+        average = arrays[ours].reshape(shape)
+        entry = {"average": average, "hidden": average * left, "counter": count}
+        state[f"batch_norm/~/{name}"] = entry
+    affine = {n: arrays[ours].reshape(shape) for n, ours in AFFINE.items() if ours in arrays}
+    return settings, ({"batch_norm": affine} if affine else {}, state)

@@ -1,7 +1,6 @@
 """A layer of any framework: its arrays as they are stored there, and as Flax stores them.
 
-Two layouts meet here. A layer's own arrays are `stored`; Flax's, which every framework's
-codecs decode to and encode from, are
+Two layouts meet here. A layer's own arrays are `stored`; Flax's, to which they are decoded, are
 
     Dense kernel [in, out]                         Conv kernel [*window, in / groups, out]
     ConvTranspose kernel [*window, in, out], of a correlation: transpose_kernel=False
@@ -11,92 +10,109 @@ codecs decode to and encode from, are
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from bn_jax.core.running import BatchStats
 
 Arrays = dict[str, jax.Array]
+Turn = Callable[[jax.Array], jax.Array]
 
 
-class Layer(NamedTuple):
-    """One layer that has parameters or statistics.
-
-    Attributes:
-      name: in its model.
-      kinds: what it may be; of arrays without a layer there can be several.
-      stored: its arrays, by its framework's names.
-      settings: what is known of its hyperparameters, in Flax's terms.
-      x, y: shapes of the input and the output, where the model was run.
-      channels_first: whether the features of its inputs stand before their positions.
-    """
-
-    name: str
-    kinds: tuple[str, ...]
-    stored: Arrays
-    settings: dict[str, Any] = {}  # noqa: RUF012
-    x: tuple[int, ...] = ()
-    y: tuple[int, ...] = ()
-    channels_first: bool = False
-
-
-class Codec(NamedTuple):
-    """How one framework stores one kind of layer.
-
-    Attributes:
-      names: of its arrays.
-      decode: layer -> arrays in Flax's layout.
-      encode: (arrays in Flax's layout, settings) -> arrays as they are stored.
-    """
-
-    names: frozenset[str]
-    decode: Callable[[Layer], Arrays]
-    encode: Callable[[Arrays, dict[str, Any]], Arrays]
-
-
-class Leaf(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Leaf:
     """One array: its name there, and what makes Flax's of it and it of Flax's."""
 
     name: str
-    decode: Callable[[jax.Array], jax.Array] = jnp.asarray
-    encode: Callable[[jax.Array], jax.Array] = jnp.asarray
+    decode: Turn = jnp.asarray
+    encode: Turn = jnp.asarray
 
 
-def codec(**leaves: Leaf) -> Codec:
-    """A codec that takes the arrays one by one; the names are Flax's."""
-
-    def decode(layer):
-        return {
-            ours: leaf.decode(layer.stored[leaf.name])
-            for ours, leaf in leaves.items()
-            if leaf.name in layer.stored
-        }
-
-    def encode(arrays, settings):
-        return {
-            leaf.name: leaf.encode(arrays[ours])
-            for ours, leaf in leaves.items()
-            if ours in arrays
-        }
-
-    return Codec(frozenset(leaf.name for leaf in leaves.values()), decode, encode)
+Codec = dict[str, Leaf]  # how a layer is stored, by Flax's names
 
 
-def vector(name: str) -> Leaf:
-    """Of one value per feature, which some frameworks store with axes of size 1."""
-    return Leaf(name, lambda v: v.reshape(-1))
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Hyperparameters that must agree in a pair, in Flax's terms; None is not known."""
+
+    epsilon: float | None = None
+    estimator: Callable[..., BatchStats] | None = None
+    feature_group_count: int | None = None
+    kernel_dilation: tuple[int, ...] | None = None
+    layer: str | None = None
+    momentum: float | Callable[[jax.Array], jax.Array] | None = None
+    num_groups: int | None = None
+    padding: str | tuple[tuple[int, int], ...] | None = None
+    padding_mode: str | None = None
+    strides: tuple[int, ...] | None = None
+    unbiased: bool | None = None
 
 
-def outputs_last(v: jax.Array) -> jax.Array:
-    """[out, in, *window] to [*window, in, out]."""
-    return jnp.transpose(v, (*range(2, v.ndim), 1, 0))
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer that has parameters or statistics.
+
+    The codecs are by the kinds that it may be. A layer that is not converted has none, and
+    arrays without a layer may have several.
+    """
+
+    name: str
+    stored: Arrays  # by its framework's names
+    codecs: Mapping[str, Codec] = dataclasses.field(default_factory=dict)
+    settings: Settings = Settings()
+    x: tuple[int, ...] = ()  # shape of the input, where the model was run
+    features: tuple[int, ...] = ()  # of a Dense of Flax, shape of the outputs
+    channels_first: bool = False  # whether the features stand before their positions
+    cls: type | None = None  # where it is an object
+
+    @property
+    def kind(self) -> str:
+        """The first kind that it may be."""
+        return next(iter(self.codecs))
+
+    def decoded(self, kind: str) -> Arrays:
+        """Its arrays in Flax's layout; one that this kind does not have keeps its name."""
+        leaves = {leaf.name: (ours, leaf) for ours, leaf in self.codecs[kind].items()}
+        known = ((v, *leaves.get(n, (n, Leaf(n)))) for n, v in self.stored.items())
+        return {ours: leaf.decode(v) for v, ours, leaf in known}
+
+    def encoded(self, kind: str, arrays: Arrays) -> Arrays:
+        """Arrays of Flax's layout in the names, shapes and dtypes of its own."""
+        new = encode(self.codecs[kind], arrays)
+        return {n: _fitted(v, self.stored[n]) for n, v in new.items() if n in self.stored}
+
+    def described(self, arrays: Arrays) -> str:
+        """Its name and kind, and the shapes of the arrays."""
+        shapes = ", ".join(f"{name} {v.shape}" for name, v in arrays.items())
+        return f"{self.name or 'the layer'} ({' or '.join(self.codecs)}: {shapes})"
 
 
-def outputs_first(v: jax.Array) -> jax.Array:
-    """[*window, in, out] to [out, in, *window]."""
-    return jnp.transpose(v, (v.ndim - 1, v.ndim - 2, *range(v.ndim - 2)))
+def encode(codec: Codec, arrays: Arrays) -> Arrays:
+    """Arrays of Flax's layout as they are stored."""
+    return {leaf.name: leaf.encode(arrays[n]) for n, leaf in codec.items() if n in arrays}
+
+
+def _fitted(v, like):
+    v = v if v.size == like.size else jnp.broadcast_to(v, like.shape)
+    return v.reshape(like.shape).astype(like.dtype)
+
+
+def window(rank: int, strides: Any, dilation: Any, padding: Any, **more: Any) -> Settings:
+    """The settings of a convolution, with one value or pair for each of `rank` axes."""
+
+    def each(v: Any, n: int = rank) -> tuple[Any, ...]:
+        return tuple(v) if isinstance(v, Sequence) else (1 if v is None else v,) * n
+
+    named = isinstance(padding, str)
+    pads: Any = padding.upper() if named else tuple(each(p, 2) for p in each(padding))
+    return Settings(strides=each(strides), kernel_dilation=each(dilation), padding=pads, **more)
 
 
 def transposed(v: jax.Array) -> jax.Array:
@@ -108,25 +124,23 @@ def transposed(v: jax.Array) -> jax.Array:
     return jnp.flip(jnp.swapaxes(v, -2, -1), range(v.ndim - 2))
 
 
-def single_count(count: jax.Array) -> jax.Array:
+def single_count(count: jax.Array | int) -> jax.Array:
     """The number of updates, [], of which other frameworks have one for all features.
 
     Raises:
       ValueError: the features differ in it.
     """
-    least, most = int(count.min()), int(count.max())
-    if least != most:
+    count = jnp.asarray(count).reshape(-1)
+    if (count != count[:1]).any():
         raise ValueError(
-            f"of the features some have {least} updates and some {most}, and other frameworks "
-            "count for all at once: set one count for all first"
+            f"of the features some have {count.min()} updates and some {count.max()}, and "
+            "other frameworks count for all at once: set one count for all first"
         )
-    return count.reshape(-1)[0]
+    return count[0]
 
 
 def stored_array(value: Any, name: str) -> jax.Array:
-    """A copy of an array of any framework.
-
-    A copy, because another framework trains in place.
+    """A copy of an array of any framework, as another framework trains in place.
 
     Raises:
       TypeError: NumPy cannot read it.
@@ -140,21 +154,18 @@ def stored_array(value: Any, name: str) -> jax.Array:
         ) from error
 
 
-def numpy(v: jax.Array) -> Any:
+def numpy(v: jax.Array) -> np.ndarray:
     """A NumPy array of its own memory, which may be written to."""
     return jax.device_get(v).copy()
 
 
-def is_a(value: Any, names: dict[str, str]) -> str | None:
-    """What `names` has for the first of the value's classes that it knows.
-
-    By the names of the classes, so that no framework needs to be imported.
-    """
+def is_a(value: Any, names: Mapping[str, str]) -> str | None:
+    """What `names` has for the first of the value's classes, whose package need not be here."""
     classes = (c.__name__ for c in inspect.getmro(type(value)))
     return next((names[name] for name in classes if name in names), None)
 
 
-def described(layer: Layer, arrays: Arrays) -> str:
-    """The layer's name, kind and shapes."""
-    shapes = ", ".join(f"{name} {v.shape}" for name, v in arrays.items())
-    return f"{layer.name or 'the layer'} ({' or '.join(layer.kinds)}: {shapes})"
+def listed(names: Collection[str]) -> str:
+    """The first three names, and how many more there are."""
+    first = ", ".join(itertools.islice(names, 3))
+    return first if len(names) <= 3 else f"{first} and {len(names) - 3} more"

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from bn_jax.core.running import ema
-from bn_jax.surgery.convert.layers import Arrays, Codec, Layer, Leaf, codec, transposed
-from bn_jax.surgery.convert.windows import window
-from bn_jax.surgery.intercept import (
-    BATCH_NORMS,
-    GHOSTS,
-    RENORMS,
-    Model,
-    Path,
-    apply,
-    intercept,
-    spelled,
+from bn_jax.surgery import calls, intercept
+from bn_jax.surgery.calls import Adapter, BatchNorms, Call, Hook, Path, spelled
+from bn_jax.surgery.convert.layers import (
+    Arrays,
+    Codec,
+    Layer,
+    Leaf,
+    Settings,
+    transposed,
+    window,
 )
+from bn_jax.surgery.intercept import Model
 from bn_jax.surgery.kernels import CONV, DENSE, GENERAL, TRANSPOSED
-from bn_jax.surgery.tree import by_layer, set_leaves
+from bn_jax.surgery.tree import by_layer, set_stored
 
 KINDS = {
     "Dense": DENSE + GENERAL,
@@ -32,123 +34,103 @@ KINDS = {
     "Embed": (nn.Embed, nnx.Embed),
     "LayerNorm": (nn.LayerNorm, nnx.LayerNorm),
     "GroupNorm": (nn.GroupNorm, nnx.GroupNorm),
-    "BatchNorm": BATCH_NORMS,
 }
-LAYOUT = {"contracted", "transpose_kernel"}  # settings that need not be alike in a pair
+AS_IS: Codec = {n: Leaf(n) for n in ("kernel", "embedding", "scale", "bias")}
 
 
-def read(model: Model, variables: Any, *inputs: Any, **call: Any) -> list[Layer]:
-    """The layers that a call uses.
+def read(
+    model: Model, variables: Any, inputs: Any, call: Mapping[str, Any], norms: BatchNorms
+) -> list[Layer]:
+    """The layers that a call uses, then, of no kind, what else has variables.
 
     Args:
       model, variables: see `bn_jax.surgery`.
-      *inputs, **call: what the model is called with; of the inputs only shapes matter.
-
-    Raises:
-      ValueError: a parameter or statistic that is of no layer that is known and called.
+      inputs, call: what the model is called with; of the inputs only shapes matter.
+      norms: classes of BatchNorms.
     """
     own = by_layer(variables, nnx.Variable)
     found: dict[Path, Layer] = {}
 
     def hook(one):
         y = one.proceed()
-        stored = own.get(one.path)
-        if stored:
-            layer = Layer(spelled(one.path), (_kind(one.layer),), stored, settings(one.layer))
-            found.setdefault(one.path, layer._replace(x=one.x.shape, y=y.shape))
+        if stored := own.get(one.path):
+            found.setdefault(one.path, _layer(one, stored))
         return y
 
-    watched = intercept(model, variables, hook, sum(KINDS.values(), ()))
-    jax.eval_shape(lambda v, x: apply(watched, v, *x, **call), variables, inputs)
-    if unknown := by_layer(variables).keys() - found.keys():
-        raise ValueError(
-            f"cannot convert {', '.join(sorted(map(spelled, unknown)))}: not called, or no "
-            f"{', '.join(KINDS)}"
-        )
-    return list(found.values())
+    watched = watch(model, variables, hook, norms)
+    jax.eval_shape(lambda v, x: intercept.apply(watched, v, *x, **call), variables, inputs)
+    others = {p: stored for p, stored in by_layer(variables).items() if p not in found}
+    return [*found.values(), *(Layer("/".join(map(str, p)), v) for p, v in others.items())]
+
+
+def watch(model: Model, variables: Any, hook: Hook, norms: BatchNorms) -> Model:
+    """The model, whose layers of all kinds return what `hook` returns."""
+    return intercept.intercept(model, variables, hook, norms, others=sum(KINDS.values(), ()))
+
+
+def run(model: Model, call: Mapping[str, Any]) -> Callable[[Any, tuple[Any, ...]], Any]:
+    """(variables, inputs) -> what the model returns at inference, compiled."""
+
+    def output(variables, inputs):
+        one = intercept.evaluation(model, variables, *inputs, **call)
+        return one(model, variables, *inputs, **call)[0]
+
+    return jax.jit(output)
 
 
 def write(variables: Any, new: dict[str, Arrays]) -> Any:
     """The variables with other arrays in the layers of these names."""
     paths = {spelled(path): path for path in by_layer(variables, nnx.Variable)}
-    return set_leaves(variables, {paths[name]: arrays for name, arrays in new.items()})
+    values = {(*paths[at], name): v for at, leaves in new.items() for name, v in leaves.items()}
+    return set_stored(variables, values)
 
 
-def settings(layer: Any) -> dict[str, Any]:
-    """What must be alike in the layers of a pair, so far as it is known of both."""
-    match _kind(layer):
-        case "BatchNorm":
-            return _batch_norm(layer)
-        case "Dense" if isinstance(layer, GENERAL):
-            if getattr(layer, "batch_dims", ()) or getattr(layer, "batch_axis", {}):
-                raise ValueError(
-                    f"cannot convert {layer}: it has a kernel for every batch axis"
-                )
-            return {"contracted": len(layer.axis) if isinstance(layer.axis, Sequence) else 1}
-        case "LayerNorm":
-            return {"epsilon": layer.epsilon}
-        case "GroupNorm":
-            groups = {"num_groups": layer.num_groups} if layer.num_groups else {}
-            return {"epsilon": layer.epsilon} | groups
-        case "ConvTranspose":
-            alone = {"feature_group_count": 1}  # Flax's has no groups
-            return {"transpose_kernel": layer.transpose_kernel} | alone | _window(layer)
-        case "Conv":
-            return {"feature_group_count": layer.feature_group_count} | _window(layer)
-    return {}
+def batch_norm_settings(module: Any, adapter: Adapter) -> Settings:
+    """The settings of a BatchNorm; of other people's classes the epsilon alone."""
+    if not isinstance(module, calls.BATCH_NORMS):
+        return Settings(epsilon=adapter.read(module, "epsilon"))
+    variants = calls.GHOSTS + calls.RENORMS
+    variant = [c.__name__ for c in variants if isinstance(module, c)]
+    return Settings(
+        layer=variant[0] if variant else "BatchNorm",
+        estimator=getattr(module, "estimator", ema),
+        momentum=module.momentum,
+        epsilon=module.epsilon,
+        unbiased=getattr(module, "unbiased", False),
+    )
 
 
-def _window(layer):
-    rank = len(layer.kernel_size) if isinstance(layer.kernel_size, Sequence) else 1
-    return window(rank, layer.strides, layer.kernel_dilation, layer.padding)
+def _layer(one: Call, stored: Arrays) -> Layer:
+    module, name, x = one.layer, spelled(one.path), one.x.shape
+    if one.adapter:
+        leaves = {n: Leaf(getattr(one.adapter, n)) for n in ("scale", "bias", "mean", "var")}
+        codecs = {"BatchNorm": leaves | {"count": Leaf("count")}}
+        return Layer(name, stored, codecs, batch_norm_settings(module, one.adapter), x)
+    kind = next(kind for kind, classes in KINDS.items() if isinstance(module, classes))
+    codec, features = AS_IS, ()
+    if kind == "Dense":
+        inputs = _contracted(module)
+        features = stored["kernel"].shape[inputs:]
+        rows = Leaf("kernel", lambda v: v.reshape(math.prod(v.shape[:inputs]), -1))
+        codec = AS_IS | {"kernel": rows, "bias": Leaf("bias", jnp.ravel)}
+    elif kind == "ConvTranspose" and module.transpose_kernel:
+        codec = AS_IS | {"kernel": Leaf("kernel", transposed, transposed)}
+    return Layer(name, stored, {kind: codec}, _settings(kind, module), x, features)
 
 
-def _batch_norm(layer):
-    variant = [c.__name__ for c in GHOSTS + RENORMS if isinstance(layer, c)]
-    return {
-        "layer": variant[0] if variant else "BatchNorm",
-        "estimator": getattr(layer, "estimator", ema),
-        "momentum": layer.momentum,
-        "epsilon": layer.epsilon,
-        "unbiased": getattr(layer, "unbiased", False),
-    }
+def _contracted(module):
+    """How many axes of its kernel a Dense contracts."""
+    if getattr(module, "batch_dims", ()) or getattr(module, "batch_axis", {}):
+        raise ValueError(f"cannot convert {module}: it has a kernel for every batch axis")
+    axis = getattr(module, "axis", -1)
+    return len(axis) if isinstance(axis, Sequence) else 1
 
 
-def _kind(layer):
-    return next(kind for kind, classes in KINDS.items() if isinstance(layer, classes))
-
-
-def _decode_dense(layer):
-    contracted = layer.settings.get("contracted", 1)
-    kernel = layer.stored["kernel"]
-    rows = kernel.reshape(-1, *kernel.shape[contracted:])
-    bias = {name: v.reshape(-1) for name, v in layer.stored.items() if name == "bias"}
-    return {"kernel": rows.reshape(len(rows), -1)} | bias
-
-
-def _decode_transpose(layer):
-    kernel = layer.stored["kernel"]
-    return layer.stored | {
-        "kernel": transposed(kernel) if layer.settings["transpose_kernel"] else kernel
-    }
-
-
-def _encode_transpose(arrays, settings):
-    kernel = arrays["kernel"]
-    return arrays | {"kernel": transposed(kernel) if settings["transpose_kernel"] else kernel}
-
-
-def _same(*names):
-    return codec(**{name: Leaf(name) for name in names})
-
-
-_LINEAR = frozenset({"kernel", "bias"})
-CODECS = {
-    "Dense": Codec(_LINEAR, _decode_dense, lambda arrays, settings: arrays),
-    "Conv": _same("kernel", "bias"),
-    "ConvTranspose": Codec(_LINEAR, _decode_transpose, _encode_transpose),
-    "Embed": _same("embedding"),
-    "LayerNorm": _same("scale", "bias"),
-    "GroupNorm": _same("scale", "bias"),
-    "BatchNorm": _same("scale", "bias", "mean", "var", "count"),
-}
+def _settings(kind, module) -> Settings:
+    if not kind.startswith("Conv"):
+        groups = getattr(module, "num_groups", None) or None
+        return Settings(epsilon=getattr(module, "epsilon", None), num_groups=groups)
+    size, groups = module.kernel_size, getattr(module, "feature_group_count", 1)
+    rank = len(size) if isinstance(size, Sequence) else 1
+    known = module.strides, module.kernel_dilation, module.padding
+    return window(rank, *known, feature_group_count=groups)

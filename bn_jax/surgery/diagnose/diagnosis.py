@@ -6,20 +6,28 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+
+from bn_jax.surgery.calls import BatchNorms
 from bn_jax.surgery.diagnose.findings import Finding, worst_first
 from bn_jax.surgery.diagnose.gap import check_gap
-from bn_jax.surgery.diagnose.layers import Norm, joined, watch
 from bn_jax.surgery.diagnose.modes import modes
 from bn_jax.surgery.diagnose.statistics import check_statistics
-from bn_jax.surgery.diagnose.training import check_biases, check_decay, check_mode
+from bn_jax.surgery.diagnose.training import (
+    check_biases,
+    check_classes,
+    check_decay,
+    check_mode,
+)
 from bn_jax.surgery.diagnose.values import (
     check_activations,
     check_replicas,
     check_variables,
-    first_replica,
     flat_batch,
 )
-from bn_jax.surgery.intercept import Model
+from bn_jax.surgery.diagnose.watch import Norm, joined, watch
+from bn_jax.surgery.intercept import Model, known
+from bn_jax.surgery.observe import Inputs
 
 
 def diagnose(
@@ -30,6 +38,7 @@ def diagnose(
     evaluate: dict[str, Any] | None = None,
     optimizer: Any = None,
     replicated: bool = False,
+    batch_norms: BatchNorms | None = None,
 ) -> list[Finding]:
     """What is wrong with the BatchNorm layers of a model, worst first.
 
@@ -40,6 +49,8 @@ def diagnose(
 
         nonfinite                    numbers that are not finite: variables, moments of a
                                      batch, or the first output: above 0
+        negative_variance            the running variance: below 0
+        unknown_layer                1 for a layer of another class with running statistics
         replicas_disagree            largest relative difference of devices' copies: above 0
         training_mode_in_evaluation  1 for a layer that normalises by the batch: above 0
         never_updated                share of features with mean 0 and variance 1: above 0
@@ -71,36 +82,38 @@ def diagnose(
       optimizer: an `optax.GradientTransformation`, for `decayed_scale`; of a mask alone
         `optax.add_decayed_weights(1.0, mask)`.
       replicated: variables and batches have a first axis of replicas, as `jax.pmap` has.
+      batch_norms: further classes of BatchNorms; see `Adapter`.
 
     Returns:
       Findings; an empty list for a healthy model, and for one without BatchNorm whose
       values are finite.
 
     Raises:
-      ValueError: no batches; or a BatchNorm within `nn.scan`, `nn.remat` or the like.
+      ValueError: no batches; or a BatchNorm within `nn.scan`, `nn.vmap` or the like.
     """
     if not batches:
         raise ValueError("nothing to diagnose by: pass a batch of the model's inputs")
     findings = list(check_replicas(variables, replicated))
     replicas = 1
     if replicated:
-        variables = first_replica(variables)
+        variables = jax.tree.map(lambda v: v[0], variables)
         batches, (replicas, *_) = zip(*map(flat_batch, batches), strict=True)
-    batches = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
-    findings += _examined(model, variables, batches, train, evaluate, optimizer, replicas)
+    inputs = [Inputs.of(batch).args for batch in batches]
+    both = modes(model, variables, inputs[0], train, evaluate, known(batch_norms))
+    findings += _examined(*both, variables, inputs, optimizer, replicas)
     return worst_first(findings)
 
 
 def _examined(
-    model, variables, batches, train, evaluate, optimizer, replicas
+    training, evaluation, variables, batches, optimizer, replicas
 ) -> Iterator[Finding]:
-    training, evaluation = modes(model, variables, train, evaluate)
     runs = [watch(training, variables, inputs) for inputs in batches]
     in_evaluation = watch(evaluation, variables, batches[0])
     norms = [_share(n, replicas) for n in _all(runs)]
 
     yield from check_variables(variables)
     yield from check_activations([*runs, in_evaluation], variables)
+    yield from check_classes(in_evaluation.strangers | runs[0].strangers)
     yield from check_mode(in_evaluation.norms.values())
     for norm in norms:
         yield from check_statistics(norm)
@@ -120,8 +133,8 @@ def _all(runs) -> list[Norm]:
 def _share(norm: Norm, replicas: int) -> Norm:
     """With the elements that one replica has, or those that share with it."""
     layer = norm.layer
-    if layer.axis_index_groups is not None:
-        sharing = min(map(len, layer.axis_index_groups))
+    if (groups := getattr(layer, "axis_index_groups", None)) is not None:
+        sharing = min(map(len, groups))
     else:
-        sharing = 1 if layer.axis_name is None else replicas
+        sharing = 1 if getattr(layer, "axis_name", None) is None else replicas
     return norm._replace(elements=norm.elements * sharing / replicas)

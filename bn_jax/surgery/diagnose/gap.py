@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from bn_jax.core.arrays import abs2
 from bn_jax.surgery.diagnose.findings import Finding
-from bn_jax.surgery.diagnose.layers import Norm, run_with
 from bn_jax.surgery.diagnose.modes import Mode
+from bn_jax.surgery.diagnose.watch import Norm, run_with
 from bn_jax.surgery.tree import set_leaves
 
 # Of the output's standard deviation: the mean square is then half its variance.
@@ -48,11 +48,10 @@ def check_gap(
     threshold = max(GAP, SAMPLING * by_sampling(mode, variables, inputs, norms))
     if whole > threshold:
         at = bisected(lambda layers: gap(layers) >= whole / 2, len(paths))
-        yield Finding(
-            "train_evaluation_gap", paths[at - 1], whole, threshold,
-            f"running statistics move the output by {whole:.2g} std, half of it by this layer",
-            "recalibrate; if it is called on unlike inputs, give each a layer of its own",
-        )  # fmt: skip
+        meaning = (
+            f"running statistics move the output by {whole:.2g} std, half of it by this layer"
+        )
+        yield Finding("train_evaluation_gap", paths[at - 1], whole, threshold, meaning)
 
 
 def by_sampling(mode: Mode, variables: Any, inputs: tuple, norms: list[Norm]) -> float:
@@ -67,8 +66,11 @@ def by_sampling(mode: Mode, variables: Any, inputs: tuple, norms: list[Norm]) ->
 
     def output(size, draw):
         keys = jax.random.split(jax.random.key(draw), len(norms))
-        new = {n.path: _drawn(n, size, key) for n, key in zip(norms, keys, strict=True)}
-        return run(set_leaves(variables, new), inputs)
+        new = {
+            n.path: n.adapter.theirs(_drawn(n, size, key))
+            for n, key in zip(norms, keys, strict=True)
+        }
+        return run(set_leaves(mode.model, variables, new), inputs)
 
     middle = output(0, 0)
     squares = (distance(output(1, draw), middle) ** 2 for draw in range(DRAWS))
@@ -102,7 +104,7 @@ def _distance(a, b):
 
 
 def _drawn(norm, size, key):
-    batch, epsilon = norm.seen.moments, norm.layer.epsilon
+    batch, epsilon = norm.seen.moments, norm.epsilon
     of_mean, of_var = (
         size * jnp.sqrt(v) * jax.random.normal(k, v.shape)
         for k, v in zip(jax.random.split(key), norm.seen.noise, strict=True)

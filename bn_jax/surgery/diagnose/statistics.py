@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from bn_jax.core.arrays import abs2
-from bn_jax.surgery.diagnose.findings import Finding
-from bn_jax.surgery.diagnose.layers import Norm
+from bn_jax.surgery.diagnose.findings import Finding, share, told
+from bn_jax.surgery.diagnose.watch import Norm
 
 # Nats, of the median feature: a mean that is off by 0.45 std, or a variance by a factor of
 # 1.9. Training at a high rate moves weights while the average is taken and leaves a tenth.
@@ -28,6 +27,7 @@ HALF_RATIO = 1e3
 
 def check_statistics(norm: Norm) -> Iterator[Finding]:
     """All that one layer, its variables and a batch show."""
+    yield from _negative(norm)
     yield from _never_updated(norm)
     if norm.training:
         yield from _stale(norm)
@@ -47,8 +47,8 @@ def divergence(norm: Norm) -> tuple[float, float]:
     with epsilon in both variances. Without features that had no element or no update: NaN
     where there are no others. Of n independent normal elements sampling gives 1/n.
     """
-    batch, epsilon = norm.seen.moments, norm.layer.epsilon
-    known = (batch.count > 0) & ~norm.at_start
+    batch, epsilon = norm.seen.moments, norm.epsilon
+    known = (batch.count != 0) & ~norm.at_start
     of_batch, running = batch.var + epsilon, norm.leaves["var"] + epsilon
     ratio = of_batch / running
     apart = abs2(batch.mean - norm.leaves["mean"]) / running
@@ -62,70 +62,69 @@ def _median(v, known):
     return float(jnp.nanmedian(jnp.where(known, v, jnp.nan)))
 
 
+def _negative(norm):
+    """Variances that no data have, as of an optimizer that takes statistics for parameters."""
+    var = norm.leaves["var"]
+    bad = (var < 0) | (var + norm.epsilon <= 0)
+    if bad.any():
+        least = float(jnp.min(jnp.where(bad, var, jnp.inf)))
+        meaning = (
+            f"{told(bad)} have a running variance of {least:.2g} or so, with "
+            f"epsilon={float(norm.epsilon):g}"
+        )
+        yield Finding("negative_variance", norm.path, least, 0, meaning)
+
+
 def _never_updated(norm):
-    share = _share(norm.at_start)
-    if share > 0:
-        yield Finding(
-            "never_updated", norm.path, share, 0,
-            f"{_of(norm.at_start)} have a running mean of 0 and variance of 1, as at the start",
-            "keep the batch_stats that training returns, or recalibrate",
-        )  # fmt: skip
+    if norm.at_start.any():
+        start = told(norm.at_start)
+        meaning = f"{start} have a running mean of 0 and variance of 1, as at the start"
+        yield Finding("never_updated", norm.path, share(norm.at_start), 0, meaning)
 
 
 def _stale(norm):
     found, expected = divergence(norm)
     threshold = max(STALE, SAMPLING * expected)
     if found > threshold:
-        yield Finding(
-            "stale", norm.path, found, threshold,
+        meaning = (
             f"batch and running statistics are {found:.2g} nats apart (sampling alone gives "
-            f"{expected:.2g})",
-            "recalibrate, or train for longer or with a lower momentum",
-        )  # fmt: skip
+            f"{expected:.2g})"
+        )
+        yield Finding("stale", norm.path, found, threshold, meaning)
 
 
 def _too_few(norm):
     if norm.elements < ELEMENTS:
-        yield Finding(
-            "too_few_elements", norm.path, norm.elements, ELEMENTS,
-            f"statistics are of {norm.elements:g} elements per feature",
-            "use larger batches, share over devices by axis_name, or BatchRenorm",
-        )  # fmt: skip
+        meaning = f"statistics are of {norm.elements:g} elements per feature"
+        yield Finding("too_few_elements", norm.path, norm.elements, ELEMENTS, meaning)
 
 
-def _half(norm):
-    """Whether x is rounded to half precision before its statistics are taken."""
-    narrow = jnp.finfo(norm.dtype).bits < 32
+def _swamped(norm):
+    """Where x is rounded to half precision, far from 0, before its statistics are taken."""
     dtype = norm.layer.dtype if isinstance(norm.layer, nnx.BatchNorm) else None
-    return narrow or (dtype is not None and jnp.finfo(dtype).bits < 32)
+    half = any(jnp.finfo(d).bits < 32 for d in (norm.dtype, dtype) if d is not None)
+    return (_ratio(norm) > HALF_RATIO) & half
 
 
 def _ratio(norm):
     """|mean| in units of what the layer divides by."""
     batch = norm.seen.moments
-    return jnp.abs(batch.mean) / jnp.sqrt(batch.var + norm.layer.epsilon)
-
-
-def _swamped(norm):
-    return (_ratio(norm) > HALF_RATIO) & _half(norm)
+    return jnp.abs(batch.mean) / jnp.sqrt(batch.var + norm.epsilon)
 
 
 def _cramped(norm):
     swamped = _swamped(norm)
     if swamped.any():
         worst = float(jnp.max(jnp.where(swamped, _ratio(norm), 0)))
-        yield Finding(
-            "half_precision", norm.path, worst, HALF_RATIO,
-            f"{_of(swamped)} have a |mean| of up to {worst:.2g} std in half precision",
-            "compute the layer before it in float32, or centre its input",
-        )  # fmt: skip
+        meaning = f"{told(swamped)} have a |mean| of up to {worst:.2g} std in half precision"
+        yield Finding("half_precision", norm.path, worst, HALF_RATIO, meaning)
 
 
 def _constant(norm):
     """Where the batch has no variance but by rounding, for other reasons than its dtype."""
     batch = norm.seen.moments
     rounding = (4 * jnp.finfo(batch.var.dtype).eps * jnp.abs(batch.mean)) ** 2
-    return (batch.var <= rounding) & (batch.count > 0) & ~_swamped(norm)
+    return (batch.var <= rounding) & (batch.count != 0) & ~_swamped(norm)
 
 
 def _dead(norm):
@@ -135,30 +134,18 @@ def _dead(norm):
     off = scale == 0 if trained else jnp.zeros_like(constant)
     dead = constant | off
     if dead.any():
-        yield Finding(
-            "dead_features", norm.path, _share(dead), 0,
+        meaning = (
             f"of {dead.size} features {int(constant.sum())} have variance 0 in the batch and "
-            f"{int(off.sum())} a scale of 0",
-            "look at the layer before it and at the learning rate, or prune them",
-        )  # fmt: skip
+            f"{int(off.sum())} a scale of 0"
+        )
+        yield Finding("dead_features", norm.path, share(dead), 0, meaning)
 
 
 def _low_variance(norm):
-    epsilon, batch = norm.layer.epsilon, norm.seen.moments
-    low = (batch.var < EPSILONS * epsilon) & (batch.count > 0)
+    epsilon, batch = norm.epsilon, norm.seen.moments
+    low = (batch.var < EPSILONS * epsilon) & (batch.count != 0)
     low &= ~_constant(norm) & ~_swamped(norm)
     if low.any():
         least = float(jnp.min(jnp.where(low, batch.var, jnp.inf))) / epsilon
-        yield Finding(
-            "low_variance", norm.path, least, EPSILONS,
-            f"{_of(low)} have a variance of less than {EPSILONS} epsilon, {least:.2g} at least",
-            "lower epsilon or scale up what the layer is given",
-        )  # fmt: skip
-
-
-def _share(flags: jax.Array) -> float:
-    return float(jnp.mean(flags))
-
-
-def _of(flags: jax.Array) -> str:
-    return f"{int(flags.sum())} of {flags.size} features"
+        meaning = f"{told(low)} have a variance below {EPSILONS} epsilon, {least:.2g} at least"
+        yield Finding("low_variance", norm.path, least, EPSILONS, meaning)

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bn_jax.surgery.calls import Path, left_alone, spelled
 from bn_jax.surgery.diagnose.findings import Finding
-from bn_jax.surgery.diagnose.layers import Norm
 from bn_jax.surgery.diagnose.modes import Mode, proceed_alone
+from bn_jax.surgery.diagnose.watch import Norm
 from bn_jax.surgery.flow import trace
-from bn_jax.surgery.intercept import Path, intercept, spelled
+from bn_jax.surgery.intercept import intercept
 from bn_jax.surgery.tree import get_leaves, split
 
 # A schedule may begin with a rate of 0, and updates may be of several batches together.
@@ -25,24 +26,29 @@ def check_mode(norms: Iterable[Norm]) -> Iterator[Finding]:
     """Layers that normalise by the batch in evaluation."""
     for norm in norms:
         if norm.training:
-            yield Finding(
-                "training_mode_in_evaluation", norm.path, 1, 0,
-                "it normalises by the batch in the evaluation call",
-                "hand use_running_average down to it, or say how to evaluate: evaluate={...}",
-            )  # fmt: skip
+            meaning = "it normalises by the batch in the evaluation call"
+            yield Finding("training_mode_in_evaluation", norm.path, 1, 0, meaning)
+
+
+def check_classes(strangers: dict[Path, type]) -> Iterator[Finding]:
+    """Layers with running statistics that nobody can examine."""
+    for path, cls in strangers.items():
+        name = f"{cls.__module__}.{cls.__name__}"
+        meaning = f"it has running statistics, and {name} is no known class"
+        remedy = f"say how to read it: batch_norms={{{cls.__name__}: Adapter(...)}}, or None"
+        yield Finding("unknown_layer", path, 1, 0, meaning, remedy)
 
 
 def check_decay(optimizer: Any, variables: Any, norms: Iterable[Norm]) -> Iterator[Finding]:
     """Scales that the optimizer moves though no gradient does."""
     moved = decayed(optimizer, nnx.as_pure(nn.unbox(split(variables)[0])))
     for norm in norms:
-        share = moved.get((*norm.path, "scale"), 0.0)
+        share = moved.get((*norm.path, norm.adapter.scale), 0.0)
         if share > 0:
-            yield Finding(
-                "decayed_scale", norm.path, share, 0,
-                f"without a gradient the optimizer takes {share:.2g} of the scale in a step",
-                "keep weight decay off it by a mask: surgery.decay_mask has one",
-            )  # fmt: skip
+            meaning = (
+                f"without a gradient the optimizer takes {share:.2g} of the scale in a step"
+            )
+            yield Finding("decayed_scale", norm.path, share, 0, meaning)
 
 
 def decayed(optimizer: Any, params: Any) -> dict[Path, float]:
@@ -71,21 +77,19 @@ def check_biases(
     mode: Mode, variables: Any, inputs: tuple, norms: list[Norm]
 ) -> Iterator[Finding]:
     """Biases that the BatchNorm after them subtracts again, with the mean."""
-    model = mode.model
-    if any(norm.layer.axis_name is not None for norm in norms):
-        model = intercept(model, variables, proceed_alone)
-    before = trace(model, variables, *inputs, **mode.call).before
+    model, known = mode.model, mode.norms
+    if any(getattr(norm.layer, "axis_name", None) is not None for norm in norms):
+        model = intercept(model, variables, proceed_alone, known, stranger=left_alone)
+    inputs = mode.of(inputs)
+    before = trace(model, variables, *inputs, norms=known, run=mode.run, **mode.call).before
     for norm in norms:
         path = before.get(norm.path, "")
         if isinstance(path, str) or not norm.training:
             continue
-        bias = get_leaves(variables, path).get("bias")
+        bias = get_leaves(mode.model, variables, path).get("bias")
         if bias is not None:
-            yield Finding(
-                "useless_bias", path, bias.size, 0,
-                f"{spelled(norm.path)} subtracts its {bias.size} biases with the mean",
-                "use_bias=False",
-            )  # fmt: skip
+            meaning = f"{spelled(norm.path)} subtracts its {bias.size} biases with the mean"
+            yield Finding("useless_bias", path, bias.size, 0, meaning)
 
 
 def _share(update, noise, param):

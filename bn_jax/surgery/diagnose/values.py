@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 
+from bn_jax.surgery.calls import Path
 from bn_jax.surgery.diagnose.findings import Finding
-from bn_jax.surgery.diagnose.layers import Watched, finite
-from bn_jax.surgery.intercept import Path
+from bn_jax.surgery.diagnose.watch import Watched, finite
+from bn_jax.surgery.observe import Inputs
 
 
 def modules(variables: Any) -> dict[Path, dict[Path, jax.Array]]:
     """The floating-point variables of every module, by collection and name."""
+    flat: dict[Any, Any]
     if isinstance(variables, nnx.State):
         flat = {
             ("", *path[:-1], f"{path[-1]}{jax.tree_util.keystr(within)}"): leaf
@@ -26,7 +28,7 @@ def modules(variables: Any) -> dict[Path, dict[Path, jax.Array]]:
         }
     else:
         flat = traverse_util.flatten_dict(nn.unbox(variables))
-    found: dict[Path, dict[Path, jax.Array]] = defaultdict(dict)
+    found: dict[Any, dict[Any, Any]] = defaultdict(dict)
     for (collection, *path, name), v in flat.items():
         if jnp.issubdtype(v.dtype, jnp.inexact):
             found[tuple(path)][collection, name] = v
@@ -39,11 +41,8 @@ def check_variables(variables: Any) -> Iterator[Finding]:
         bad = {name[-1]: int((~jnp.isfinite(v)).sum()) for name, v in leaves.items()}
         bad = {name: n for name, n in bad.items() if n}
         if bad:
-            yield Finding(
-                "nonfinite", path, sum(bad.values()), 0,
-                "not finite: " + ", ".join(f"{n} of {name}" for name, n in bad.items()),
-                "go back to a checkpoint from before; skip_nonfinite=True keeps statistics",
-            )  # fmt: skip
+            meaning = "not finite: " + ", ".join(f"{n} of {name}" for name, n in bad.items())
+            yield Finding("nonfinite", path, sum(bad.values()), 0, meaning)
 
 
 def check_activations(runs: Iterable[Watched], variables: Any) -> Iterator[Finding]:
@@ -57,17 +56,14 @@ def check_activations(runs: Iterable[Watched], variables: Any) -> Iterator[Findi
         poisoned = [n.path for n in run.norms.values() if not finite(n.seen.moments)]
         if run.breaks is not None:
             if run.breaks not in sick:
-                yield Finding(
-                    "nonfinite", run.breaks, 1, 0,
-                    "its output is not finite, its input is: the first of the model",
-                    "look for a division, a logarithm or an overflow in it",
-                )  # fmt: skip
+                meaning = "its output is not finite, its input is: the first of the model"
+                remedy = "look for a division, a logarithm or an overflow in it"
+                yield Finding("nonfinite", run.breaks, 1, 0, meaning, remedy)
             return
         if poisoned:
-            yield Finding(
-                "nonfinite", poisoned[0], 1, 0, "the moments of its input are not finite",
-                "look at the model's inputs, or mask what is padding",
-            )  # fmt: skip
+            meaning = "the moments of its input are not finite"
+            remedy = "look at the model's inputs, or mask what is padding"
+            yield Finding("nonfinite", poisoned[0], 1, 0, meaning, remedy)
             return
 
 
@@ -80,25 +76,19 @@ def check_replicas(variables: Any, stacked: bool) -> Iterator[Finding]:
     """
     for path, leaves in modules(variables).items():
         away = {name[-1]: _disagreement(v, stacked) for name, v in leaves.items()}
-        name = max(away, key=away.get)
+        name = max(away, key=away.__getitem__)
         if away[name] > 0:
-            yield Finding(
-                "replicas_disagree", path, away[name], 0,
-                f"{name} differs between devices by {away[name]:.2g} of its largest value",
-                "average gradients and batch_stats over the devices, or give axis_name",
-            )  # fmt: skip
+            meaning = f"{name} differs between devices by {away[name]:.2g} of its largest value"
+            yield Finding("replicas_disagree", path, away[name], 0, meaning)
 
 
 def _disagreement(v, stacked):
-    copies = list(jax.device_get(v)) if stacked else _copies(v)
+    copies = []
+    if stacked:
+        copies = list(jax.device_get(v))
+    elif isinstance(v, jax.Array) and v.sharding.is_fully_replicated:
+        copies = [jax.device_get(shard.data) for shard in v.addressable_shards]
     return max((_relative(c, copies[0]) for c in copies[1:]), default=0.0)
-
-
-def _copies(v):
-    shards = v.addressable_shards if isinstance(v, jax.Array) else []
-    if len(shards) < 2 or not v.sharding.is_fully_replicated:
-        return []
-    return [jax.device_get(shard.data) for shard in shards]
 
 
 def _relative(a, b):
@@ -108,13 +98,8 @@ def _relative(a, b):
     return float(jnp.nan_to_num(away, nan=1.0, posinf=1.0))
 
 
-def first_replica(variables: Any) -> Any:
-    """Of variables whose copies lie along a first axis."""
-    return jax.tree.map(lambda v: v[0], variables)
-
-
 def flat_batch(batch: Any) -> tuple[tuple, int]:
     """The model's inputs `[replicas * n, ...]` of those of `[replicas, n, ...]`; replicas."""
-    inputs = batch if isinstance(batch, tuple) else (batch,)
+    inputs = Inputs.of(batch)
     flat = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), inputs)
-    return flat, len(jax.tree.leaves(inputs)[0])
+    return flat.args, len(jax.tree.leaves(inputs)[0])

@@ -1,0 +1,249 @@
+"""The arms of a comparison: from flags and a norm to what is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from bn_jax.errors import UserError
+from bn_jax.lab import data, models, sizes
+from bn_jax.lab.config import NARROW, Config, listed
+from bn_jax.lab.data import Dataset
+from bn_jax.lab.flags import MOST
+from bn_jax.lab.models import Norm
+from bn_jax.lab.sweeps import Point
+from bn_jax.lab.sweeps.layouts import PARALLEL, layout
+from bn_jax.lab.training.metrics import cross_entropy
+from bn_jax.lab.training.optimizers import RULES, optimizer
+from bn_jax.lab.training.run import Run, Swept
+from bn_jax.lab.training.schedules import SCHEDULES, schedule
+from bn_jax.linen import BatchNorm, GhostBatchNorm
+
+C = TypeVar("C", bound=Config)
+# What a BatchNorm says of a batch of one example.
+ALONE = "one element per feature"
+
+
+class Arm(NamedTuple):
+    """What one arm of a comparison is.
+
+    Attributes:
+      norm: layer class, a partial of one, or None.
+      changes: flags that it has otherwise than the comparison, by name.
+      model: constructor arguments of the network beyond those that are flags.
+      shuffle: whether every epoch has a new order, or all have that of the first.
+    """
+
+    norm: Norm | None
+    changes: Mapping[str, Any] = {}
+    model: Mapping[str, Any] = {}
+    shuffle: bool = True
+
+    def config(self, config: C) -> C:
+        """The comparison's flags as this arm has them."""
+        # What --quick changes is changed: a value of the arm's own that is a default stays.
+        return dataclasses.replace(config, quick=False, **self.changes)
+
+    @property
+    def has_momentum(self) -> bool:
+        """Whether the norm has running statistics whose momentum is still to be chosen."""
+        layer = getattr(self.norm, "func", self.norm)
+        return "momentum" in getattr(layer, "__dataclass_fields__", ())
+
+
+def norm_arms() -> dict[str, Arm]:
+    """The norms of `bn_jax.lab.models`."""
+    return {name: Arm(norm) for name, norm in models.NORMS.items()}
+
+
+def chosen_arms(names: Sequence[str], known: Mapping[str, Arm]) -> dict[str, Arm]:
+    """Those of the flag, in its order."""
+    for name in names:
+        if name not in known:
+            raise UserError(f"--arms: unknown {name!r}, choose from {', '.join(known)}")
+    return {name: known[name] for name in names}
+
+
+def load_data(config: Config) -> Dataset:
+    """The dataset, checked against the batch size."""
+    dataset = data.load(
+        config.dataset,
+        validation_fraction=config.validation_fraction,
+        train_examples=config.train_examples,
+        scaling=config.scaling,
+        data_dir=config.data_dir,
+        cache_dir=config.cache_dir,
+        say=lambda text: print(text, file=sys.stderr),
+    )
+    examples = dataset.train.labels.size
+    if config.batch_size > examples:
+        raise UserError(
+            f"--batch_size={config.batch_size} is more than the {examples} training examples "
+            f"of {config.dataset} (validation examples apart)"
+        )
+    test = jax.tree.map(lambda v: v[: config.test_examples], dataset.test)
+    return dataset._replace(test=test)
+
+
+def in_steps(config: C, dataset: Dataset) -> C:
+    """The flags with `epochs`, where given, as `steps` and `eval_every`."""
+    if config.epochs is None:
+        return config
+    steps = dataset.train.labels.size // config.batch_size
+    if config.epochs * steps > MOST:
+        raise UserError(f"--epochs={config.epochs}: of {steps} steps each, at most {MOST} fit")
+    return dataclasses.replace(config, steps=config.epochs * steps, eval_every=steps)
+
+
+def build_run(config: Config, arm: Arm, dataset: Dataset) -> Run:
+    """Returns what trains one arm.
+
+    Raises:
+      UserError: a flag has no such value, or the network cannot be built or does not fit.
+    """
+    scaled = _scaled(config, arm, dataset)
+    config = arm.config(config)
+    _check_names(config)
+    norm, family = grouped(config, arm), _family(config, arm)
+
+    def model(swept, axis_name=None):
+        own = norm
+        if norm is not None and arm.has_momentum:
+            own = functools.partial(norm, momentum=swept.momentum, axis_name=axis_name)
+        return family(
+            num_outputs=1 if dataset.num_classes == 2 else dataset.num_classes, norm=own
+        )
+
+    def batches(key, first_step, num_steps):
+        indices = data.batch_indices if arm.shuffle else data.same_batch_indices
+        examples = dataset.train.labels.size
+        return indices(key, first_step, num_steps, examples, config.batch_size)
+
+    loss = functools.partial(cross_entropy, label_smoothing=config.label_smoothing)
+    augment = data.augmentation(config.augment)
+    run = Run(model, _optimizer(config), scaled, batches, loss, augment)
+    _check_network(config, arm, run, dataset)
+    return run
+
+
+def _optimizer(config: Config) -> Callable[..., Any]:
+    """From a learning rate to the optimizer of the flags."""
+    varies = config.schedule != "constant" or config.warmup_steps
+    rates = schedule(
+        config.schedule, config.steps, warmup_steps=config.warmup_steps,
+        decay_steps=config.decay_steps, decay_rate=config.decay_rate,
+    )  # fmt: skip
+    return functools.partial(
+        optimizer, config.optimizer, schedule=rates if varies else None, l2=config.l2,
+        weight_decay=config.weight_decay, decay_norms=config.decay_norms, clip=config.clip,
+    )  # fmt: skip
+
+
+def _check_network(config: Config, arm: Arm, run: Run, dataset: Dataset) -> None:
+    """Raises a UserError if the network cannot take a step, or does not fit into memory."""
+    widths = f" --features={listed(config.features)}" if config.features else ""
+    model_flags = f"--model={config.model}{widths}"
+    try:
+        key, swept = jax.random.key(0), Swept()
+        rows = jax.eval_shape(lambda: run.batches(key, jnp.int32(0), 1)[0])
+        state = jax.eval_shape(run.init, key, swept, dataset.train.inputs)
+        jax.eval_shape(run.step, state, swept, dataset.train, rows)
+    except (OverflowError, TypeError, ValueError) as e:
+        if ALONE in str(e):
+            size = "bn_group_size" if config.bn_group_size == 1 else "batch_size"
+            raise UserError(
+                f"--{size}={getattr(config, size)}: {ALONE}, which has no variance to "
+                "normalise by; choose 2 or more, or --arms without BatchNorm"
+            ) from e
+        raise UserError(f"{model_flags}: {e}") from e
+    sizes.check_network(model_flags, state.train)
+    at_once = min(config.max_runs_at_once or 1, len(grid(config, arm)) * config.seeds)
+    sizes.check_network(f"--max_runs_at_once={at_once} {model_flags}", state.train, at_once)
+
+
+def grouped(config: Config, arm: Arm) -> Norm | None:
+    """The arm's norm, with statistics of groups where flags say so and it is a BatchNorm."""
+    size = config.bn_group_size
+    if size is None or getattr(arm.norm, "func", arm.norm) is not BatchNorm:
+        return arm.norm
+    devices = layout(config.parallel, len(grid(config, arm)), config.seeds).parts
+    each = -(-config.batch_size // devices)
+    if devices > 1 and size and each % size and size % each:
+        raise UserError(
+            f"--bn_group_size={size}: {devices} devices have {each} examples each of a "
+            f"batch of {config.batch_size}; choose a divisor or a multiple of {each}"
+        )
+    given = getattr(arm.norm, "keywords", {})
+    return functools.partial(GhostBatchNorm, group_size=size or each, **given)
+
+
+def _scaled(config, arm, dataset):
+    """From stored inputs to those of the arm, whose scaling may be another."""
+    own = arm.config(config)
+    if own.scaling == config.scaling:
+        return dataset.scaled
+    if "binary" in (own.scaling, config.scaling):
+        raise UserError(f"--scaling={config.scaling}: {own.scaling} arms want other pixels")
+    other = load_data(own)
+    return dataset._replace(offset=other.offset, factor=other.factor).scaled
+
+
+def _check_names(config):
+    for name, values, known in (
+        ("model", [config.model], models.FAMILIES),
+        ("activation", [_activation(config)], models.ACTIVATIONS),
+        ("optimizer", [config.optimizer], RULES),
+        ("schedule", [config.schedule], SCHEDULES),
+        ("places", config.places or (), models.OWN_PLACES.get(config.model, models.PLACES)),
+        ("augment", config.augment, data.AUGMENTATIONS),
+        ("parallel", [config.parallel], PARALLEL),
+    ):
+        for value in values:
+            if value not in known:
+                raise UserError(f"--{name}: unknown {value!r}, choose from {', '.join(known)}")
+
+
+def _family(config, arm):
+    """The network but for its norm and number of outputs."""
+    family = models.FAMILIES[config.model]
+    taken = {field.name for field in dataclasses.fields(family)}
+    given = {
+        "features": _features(config), "dropout": config.dropout, "places": config.places,
+    }  # fmt: skip
+    for name, value in given.items():
+        if value is not None and name not in taken:
+            raise UserError(f"--{name}: --model={config.model} has none to choose")
+    own = {k: v for k, v in given.items() if v is not None}
+    more = NARROW.get(config.model, {}) | dict(arm.model)
+    return functools.partial(family, activation=_activation(config), **own, **more)
+
+
+def _activation(config):
+    # Sigmoids: the network of Ioffe & Szegedy 2015, section 4.1.
+    own = {"lstm": "tanh"} | dict.fromkeys(("inception", "resnet18", "resnet50"), "relu")
+    return config.activation or own.get(config.model, "sigmoid")
+
+
+def _features(config):
+    """As the network takes them: several widths, or the only one of an LSTM."""
+    if config.model != "lstm":
+        return config.features
+    width, *more = config.features or (100,)
+    if more:
+        raise UserError(f"--features={listed(config.features)}: --model=lstm has one width")
+    return width
+
+
+def grid(config: Config, arm: Arm) -> list[Point]:
+    """The points of an arm; only running statistics have a momentum to vary."""
+    config = arm.config(config)
+    momentums = config.momentums if arm.has_momentum else (None,)
+    axes = (config.learning_rates, config.init_scales, momentums)
+    return [Point(*values) for values in itertools.product(*axes)]

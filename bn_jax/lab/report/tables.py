@@ -1,0 +1,95 @@
+"""The tables of a report, for the terminal, the page and Markdown alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bn_jax.lab.report.comparison import Arm, Comparison
+from bn_jax.lab.report.text import number, padded, percent, whole
+
+MEASURED = ("steps to target", "seconds to target", "best test accuracy (%)")
+COUNTED = ("runs reached", "runs diverged")
+SAID = {True: "yes", False: "no", None: ""}
+
+
+class Wrong(str):
+    """The text of a cell that is to stand out: every form of a table marks it in its way."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows below a header; the lines of a cell stay lines, the first cell names the row."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+def summary_table(comparison: Comparison) -> Table:
+    """A row per arm at its own best point.
+
+    A cell with an interval has two lines, "310" and "[290, 350]"; one seed has no interval.
+    """
+    header = ["arm", "best learning rate", *MEASURED, "rates that train", *COUNTED]
+    note = (
+        "Median over seeds with the 95 % interval below it. The best learning rate of an arm "
+        "is chosen on the validation set."
+    )
+    rows = _rows(header, comparison)
+    return Table("Each arm at its own best learning rate", header, rows, note)
+
+
+def same_rate_table(comparison: Comparison) -> Table | None:
+    """The same table at the baseline's rate for all arms; None where that was not measured."""
+    if not (same := comparison.same):
+        return None
+    header = ["arm", *MEASURED, "final test accuracy (%)", "trains", *COUNTED]
+    note = f"All arms at {comparison.same_label}, the baseline's best."
+    return Table("All arms at the same learning rate", header, _rows(header, same), note)
+
+
+def published_table(summary: Mapping[str, Any]) -> Table | None:
+    """What a source published beside what was measured here; None where there is nothing.
+
+    The last column is `agrees`: true, false, or null where it was not judged, or nothing
+    was published; a row that has none tells a setting.
+    """
+    rows = [
+        [r["quantity"], r["here"], r["source"] or "", SAID[r.get("agrees")]]
+        for r in summary.get("published", ())
+    ]
+    title = "Beside the published numbers"
+    return Table(title, ["", "here", "published", "agrees"], rows) if rows else None
+
+
+def own_tables(summary: Mapping[str, Any]) -> list[Table]:
+    """The `tables` of an experiment's summary that have rows."""
+    tables = (Table(t["title"], t["header"], t["rows"]) for t in summary.get("tables", ()))
+    return [table for table in tables if table.rows]
+
+
+def _rows(header: Sequence[str], comparison: Comparison) -> list[list[str]]:
+    cells = (_cells(arm, comparison) for arm in comparison.arms)
+    return [[row[name] for name in header] for row in cells]
+
+
+def _cells(arm: Arm, comparison: Comparison) -> dict[str, str]:
+    """The cells of an arm, by the name of the column."""
+    late, lost = f">{whole(comparison.budget)}", "not reached"
+    low, high = map(number, arm.trainable_learning_rates or (0, 0))
+    rates = low if low == high else f"{low} to {high}"
+    return {
+        "arm": arm.arm,
+        "best learning rate": "\n".join([number(arm.learning_rate), *comparison.others(arm)]),
+        "steps to target": arm.steps_to_target.text(whole, open_end=late, missing=lost),
+        "seconds to target": arm.seconds_to_target.text(padded, open_end="never", missing=lost),
+        "best test accuracy (%)": arm.max_accuracy.text(percent),
+        "final test accuracy (%)": arm.final_accuracy.text(percent),
+        "trains": SAID[arm.trains],
+        "rates that train": rates if arm.trainable_learning_rates else "no rate",
+        "runs reached": arm.count,
+        "runs diverged": f"{arm.diverged} of {arm.seeds}",
+    }

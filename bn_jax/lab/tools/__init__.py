@@ -1,0 +1,1 @@
+"""Operations of `bn_jax.surgery` on checkpoints: commands."""
