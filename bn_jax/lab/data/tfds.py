@@ -18,6 +18,7 @@ import numpy as np
 from absl import logging
 
 from bn_jax.errors import UserError, expanded
+from bn_jax.lab.data import originals
 from bn_jax.lab.data.arrays import Arrays
 from bn_jax.lab.data.cache import crc32
 
@@ -147,9 +148,12 @@ def prepared(source: Source):
     """
     builder = _builder(source)
     if not builder.info.splits:
+        instead = ""
+        if source.name in originals.SETS:
+            instead = f"or put the files of its authors into {source.data_dir / source.name}; "
         raise UserError(
-            f"dataset {source.name!r} is not prepared in {source.data_dir}; preparing needs "
-            f"TensorFlow once: {source.preparation()}"
+            f"dataset {source.name!r} is not prepared in {source.data_dir}; {instead}preparing "
+            f"needs TensorFlow once: {source.preparation()}"
         )
     return builder
 
