@@ -34,7 +34,7 @@ LONG = {
     "test_accumulate", "test_convert_beside", "test_convert_keras",
     "test_convert_layers", "test_convert_torch", "test_diagnose_models",
     "test_diagnose_statistics", "test_diagnose_training", "test_flow", "test_fold",
-    "test_foreign", "test_transformations",
+    "test_foreign", "test_notebooks", "test_transformations",
 }  # fmt: skip
 
 
