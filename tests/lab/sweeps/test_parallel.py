@@ -82,9 +82,11 @@ SPANNING = MLP, (16, 8), 64, functools.partial(GhostBatchNorm, group_size=16)
 def test_eight_devices_train_as_one_does(mode, network):
     expected_records, expected = alone(*network)
     records, found = train(build(*network), mode)
-    assert_close(found, expected)
+    # Rounding, which differs by processor, may turn which of two pixels is a pool's largest.
+    tolerance = 1e-4 if network[0] is CNN else 2e-6
+    assert_close(found, expected, tolerance)
     for record, other in zip(records, expected_records, strict=True):
-        assert_close(record, other, 2e-6)
+        assert_close(record, other, tolerance)
 
 
 @pytest.mark.parametrize(
