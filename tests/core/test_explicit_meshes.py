@@ -126,7 +126,15 @@ def on_one_device(name):
     return jax.jit(functools.partial(with_gradient, FUNCTIONS[name]))(VALUES)
 
 
-@pytest.mark.parametrize("sharded", [(BATCH,), (CHANNEL,), (BATCH, CHANNEL)], ids="+".join)
+@pytest.mark.parametrize(
+    "sharded",
+    [
+        pytest.param((BATCH,), marks=pytest.mark.long),
+        pytest.param((CHANNEL,), marks=pytest.mark.long),
+        (BATCH, CHANNEL),
+    ],
+    ids="+".join,
+)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_sharded_is_one_device(name, sharded):
     want = jax.tree.map(np.asarray, on_one_device(name))
