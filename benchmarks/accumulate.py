@@ -29,7 +29,7 @@ from benchmarks.memory import one_heap
 from benchmarks.where import describe_machine
 from bn_jax.errors import UserError
 from bn_jax.lab import flags
-from bn_jax.lab.flags import flag
+from bn_jax.lab.fields import flag
 from bn_jax.lab.models import CNN, MLP
 from bn_jax.lab.report.markdown import table
 from bn_jax.lab.report.text import number, padded

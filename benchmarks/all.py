@@ -17,7 +17,7 @@ from pathlib import Path
 
 from bn_jax.errors import UserError
 from bn_jax.lab import flags
-from bn_jax.lab.flags import flag
+from bn_jax.lab.fields import flag
 from bn_jax.lab.report import write_atomically
 from bn_jax.lab.report.markdown import sections
 

@@ -13,7 +13,7 @@ import sys
 import time
 
 from bn_jax.lab import flags
-from bn_jax.lab.flags import flag
+from bn_jax.lab.fields import flag
 
 PROGRAMS = (
     ("benchmarks.layer", "--shapes=256x112x112x64,256x56x56x256,256x14x14x1024", "--rounds=20"),

@@ -30,7 +30,7 @@ from benchmarks.memory import one_heap
 from benchmarks.where import describe_machine
 from bn_jax.errors import UserError
 from bn_jax.lab import flags
-from bn_jax.lab.flags import flag
+from bn_jax.lab.fields import flag
 from bn_jax.lab.report import markdown
 from bn_jax.lab.report.text import padded
 from bn_jax.lab.sweeps.timing import interleave, median_ratio

@@ -23,7 +23,7 @@ from benchmarks.peers.process import SIDES, Process, check_sides, programs, side
 from benchmarks.peers.task import Task
 from benchmarks.where import describe_machine
 from bn_jax.lab import flags
-from bn_jax.lab.flags import flag
+from bn_jax.lab.fields import flag
 from bn_jax.lab.models import MLP
 from bn_jax.lab.report.markdown import table
 from bn_jax.lab.report.text import padded

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from bn_jax.lab import flags
-from bn_jax.lab.flags import flag
+from bn_jax.lab.fields import flag
 from bn_jax.lab.models import Inception, ResNet50
 from bn_jax.lab.report.markdown import table
 from bn_jax.lab.report.text import padded, whole

@@ -46,7 +46,7 @@ from benchmarks.layer import BASELINE, DTYPES, OURS, sizes
 from benchmarks.where import describe_machine
 from bn_jax.errors import UserError
 from bn_jax.lab import flags
-from bn_jax.lab.flags import flag
+from bn_jax.lab.fields import flag
 from bn_jax.lab.report.markdown import table
 from bn_jax.linen import BatchNorm
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmarks.where import describe_machine
 from bn_jax.lab import flags
-from bn_jax.lab.flags import flag
+from bn_jax.lab.fields import flag
 from bn_jax.lab.report.markdown import table
 from bn_jax.lab.report.text import padded
 

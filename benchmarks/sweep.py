@@ -35,7 +35,7 @@ from benchmarks.where import describe_machine
 from bn_jax.lab import flags
 from bn_jax.lab.data import batch_indices, load
 from bn_jax.lab.data.dataset import Dataset
-from bn_jax.lab.flags import flag
+from bn_jax.lab.fields import flag
 from bn_jax.lab.models import MLP
 from bn_jax.lab.report.markdown import table
 from bn_jax.lab.report.text import padded

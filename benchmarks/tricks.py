@@ -57,7 +57,7 @@ from benchmarks.where import describe_machine
 from bn_jax import batch_norm, moments, normalize
 from bn_jax.lab import arms, flags
 from bn_jax.lab.data.batches import permutation
-from bn_jax.lab.flags import flag
+from bn_jax.lab.fields import flag
 from bn_jax.lab.models import cifar, dense
 from bn_jax.lab.models.pooling import max_pool
 from bn_jax.lab.report.markdown import table

@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from bn_jax.errors import UserError
 from bn_jax.lab import flags
 from bn_jax.lab.config import Config as CompareConfig
-from bn_jax.lab.config import listed
-from bn_jax.lab.flags import flag
+from bn_jax.lab.fields import fixed, flag
 
 if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
     from bn_jax.core.renorm import ramp
@@ -56,7 +55,6 @@ IOFFE, IOFFE_SIZE = {"bn": 74.2, "renorm": 76.5}, 4
 class Config(CompareConfig):
     """Every flag of the experiment; see `python -m experiments.batch_size --help`."""
 
-    LISTS: ClassVar = (*CompareConfig.LISTS, "batch_sizes")
     QUICK: ClassVar = {
         "batch_sizes": (1, 2, 4, 32, 512), "steps": 160, "eval_every": 80, "seeds": 3,
         "learning_rates": (0.03, 0.3, 1.0), "arms": ("none", "bn", "renorm", "group"),
@@ -64,18 +62,22 @@ class Config(CompareConfig):
     }  # fmt: skip
 
     batch_sizes: tuple[int, ...] = flag(
-        tuple(2**i for i in range(11)), "examples in a training step, to try"
+        tuple(2**i for i in range(11)),
+        "examples in a training step, to try",
+        at_least=1,
+        each_once=True,
     )
+    epochs: None = fixed(None)  # --steps says how many examples a run sees
     arms: tuple[str, ...] = flag(
         ("none", "bn", "ghost", "renorm", "group", "layer"), "norms to compare, of these"
     )
-    features: tuple[int, ...] | None = flag((64, 64), "as in experiments.compare")
+    features: tuple[int, ...] | None = flag((64, 64))
     activation: str = flag("relu", "relu, sigmoid, tanh, elu or gelu")
     learning_rates: tuple[float, ...] = flag(
         (0.01, 0.03, 0.1, 0.3, 1.0, 3.0), "learning rates to try at every batch size"
     )
-    momentums: tuple[float, ...] = flag((0.9, 0.99), "momenta of running statistics to try")
-    seeds: int = flag(5, "how many seeds at each point of the grid")
+    momentums: tuple[float, ...] = flag((0.9, 0.99))
+    seeds: int = flag(5)
     batch_size: int = flag(32, "the batch size that --steps and --eval_every are for")
     steps: int = flag(
         640, "training steps of a run with --batch_size examples; others see as many examples"
@@ -85,17 +87,13 @@ class Config(CompareConfig):
     def check(self) -> None:
         """Raises a UserError for a flag that makes no sense."""
         super().check()
-        sizes, part = self.batch_sizes, self.eval_every * self.batch_size
-        if min(sizes) < 1:
-            raise UserError(f"--batch_sizes={listed(sizes)}: each must be at least 1")
-        for size in sizes:
+        part = self.eval_every * self.batch_size
+        for size in self.batch_sizes:
             if part % size:
                 raise UserError(
                     f"--batch_sizes: {size} does not divide the {part} examples between "
                     "evaluations (--eval_every times --batch_size)"
                 )
-        if self.epochs is not None:
-            raise UserError("--epochs: here --steps says how many examples a run sees")
 
 
 class Cell(NamedTuple):

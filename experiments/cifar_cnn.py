@@ -19,10 +19,9 @@ import statistics
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bn_jax.errors import UserError
 from bn_jax.lab import flags
 from bn_jax.lab.config import Config as CompareConfig
-from bn_jax.lab.flags import flag
+from bn_jax.lab.fields import flag
 
 if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
     import numpy as np
@@ -77,7 +76,9 @@ class Config(CompareConfig):
         "momentums": (0.9,),
     }  # fmt: skip
 
-    network: str = flag("a", "a (BatchNorm after the activation) or b (before)")
+    network: str = flag(
+        "a", "a (BatchNorm after the activation) or b (before)", choices=("a", "b")
+    )
     dataset: str = flag(None, "by default cifar10, and digits with --quick")
     model: str = flag(None, "by default cifar_a or cifar_b")
     places: tuple[str, ...] | None = flag(None, "by default after in a, before in b")
@@ -87,8 +88,8 @@ class Config(CompareConfig):
         None, "by default .001 for a, .0001 for b; BatchNorm in b has ten times those"
     )
     schedule: str = flag(None, "by default constant for a, inverse for b")
-    decay_steps: int | None = flag(1, "as in experiments.compare")
-    decay_rate: float = flag(1e-6, "as in experiments.compare")
+    decay_steps: int | None = flag(1)
+    decay_rate: float = flag(1e-6)
     momentums: tuple[float, ...] = flag(
         None, "momenta of the running statistics to try; by default .99, with --quick .9"
     )
@@ -98,17 +99,18 @@ class Config(CompareConfig):
         None, "epochs without a better validation accuracy to stop after; by default 5 for a"
     )
     augment: tuple[str, ...] = flag(None, "by default none for a, shift,flip for b")
-    scaling: str = flag("unit", "as in experiments.compare")
-    validation_fraction: float = flag(0.1, "as in experiments.compare")
-    seeds: int = flag(1, "how many seeds at each point of the grid")
-    summary: bool = flag(True, "print the layers of every arm's network first")
+    scaling: str = flag("unit")
+    validation_fraction: float = flag(0.1)
+    seeds: int = flag(1)
+    summary: bool = flag(True)
 
     def __post_init__(self):
-        if self.network not in NETWORKS:
-            raise UserError(f"--network={self.network}: choose from {', '.join(NETWORKS)}")
-        given = {"dataset": "cifar10", "momentums": (0.99,)} | NETWORKS[self.network]
+        # An unknown network is refused below.
+        given = {"dataset": "cifar10", "momentums": (0.99,)} | NETWORKS.get(
+            self.network, NETWORKS["a"]
+        )
         if self.quick:
-            given |= self.QUICK | {"features": QUICK_FEATURES[self.network]}
+            given |= dict(self.QUICK) | {"features": QUICK_FEATURES[self.network]}
         for name, value in given.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from bn_jax.lab import flags
 from bn_jax.lab.config import Config as CompareConfig
-from bn_jax.lab.flags import flag
+from bn_jax.lab.fields import flag
 
 if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
     import jax
@@ -69,24 +69,24 @@ class Config(CompareConfig):
 
     QUICK: ClassVar = {"seeds": 10}
 
-    dataset: str = flag("circles", "as in experiments.compare")
-    features: tuple[int, ...] | None = flag((50,), "widths of the hidden layers")
+    dataset: str = flag("circles")
+    features: tuple[int, ...] | None = flag((50,))
     activation: str = flag("relu", "relu, sigmoid, tanh, elu or gelu")
     arms: tuple[str, ...] = flag(
         ("none", "bn", "bn_before", "bn_no_affine", "bn_momentum_0", "bn_input"),
         "networks to compare, of these; bn has it after the activation, as have the variations",
     )
     places: tuple[str, ...] = flag(("after",), "where the norm goes in arms that do not say")
-    optimizer: str = flag("sgd_momentum", "as in experiments.compare")
-    learning_rates: tuple[float, ...] = flag((0.01,), "learning rates to try")
-    momentums: tuple[float, ...] = flag((0.99,), "momenta of the running statistics to try")
-    seeds: int = flag(100, "how many seeds at each point of the grid")
-    steps: int = flag(100 * STEPS_PER_EPOCH, "training steps of a run")
-    batch_size: int = flag(32, "examples in a training step")
-    eval_every: int = flag(STEPS_PER_EPOCH, "training steps between evaluations")
-    target: float | None = flag(0.8, "test accuracy to reach")
-    validation_fraction: float = flag(0.0, "as in experiments.compare")
-    scaling: str = flag("raw", "as in experiments.compare")
+    optimizer: str = flag("sgd_momentum")
+    learning_rates: tuple[float, ...] = flag((0.01,))
+    momentums: tuple[float, ...] = flag((0.99,))
+    seeds: int = flag(100)
+    steps: int = flag(100 * STEPS_PER_EPOCH)
+    batch_size: int = flag(32)
+    eval_every: int = flag(STEPS_PER_EPOCH)
+    target: float | None = flag(0.8)
+    validation_fraction: float = flag(0.0)
+    scaling: str = flag("raw")
 
     @property
     def is_whole(self) -> bool:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from bn_jax.errors import UserError
 from bn_jax.lab import flags
-from bn_jax.lab.flags import flag
+from bn_jax.lab.config import Workdir
+from bn_jax.lab.fields import flag
 
 if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
     from bn_jax.lab import report, workdir
@@ -31,20 +32,16 @@ PACKAGES = ("jax", "jaxlib", "flax", "dm-haiku", "equinox", "torch", "keras", "n
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Workdir):
     """Every flag of the experiment; see `python -m experiments.correctness --help`."""
 
     markdown: str | None = flag(
         None, "file for the report in Markdown, as well as correctness.md of the workdir"
     )
-    workdir: str | None = flag(
-        None, "folder for the results; by default runs/correctness/<time>"
-    )
-    overwrite: bool = flag(False, "delete the run that is in the workdir")
-    resume: bool = flag(True, "go on with the run in the workdir, if its flags are the same")
 
-    def __post_init__(self):
-        flags.check_values(self)
+    def check(self) -> None:
+        """Raises a UserError for a flag that makes no sense."""
+        super().check()
         if self.markdown and not Path(self.markdown).expanduser().parent.is_dir():
             raise UserError(f"--markdown={self.markdown}: there is no such folder")
         if self.markdown and Path(self.markdown).expanduser().is_dir():

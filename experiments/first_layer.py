@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from bn_jax.lab import flags
 from bn_jax.lab.config import Config as CompareConfig
-from bn_jax.lab.flags import flag
+from bn_jax.lab.fields import flag
 
 if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
     import jax
@@ -54,7 +54,7 @@ class Config(CompareConfig):
     }  # fmt: skip
 
     dataset: str = flag(None, "by default mnist, and digits with --quick")
-    features: tuple[int, ...] | None = flag((300, 100), "widths of the hidden layers")
+    features: tuple[int, ...] | None = flag((300, 100))
     activation: str = flag("relu", "of the arms that do not name one")
     arms: tuple[str, ...] = flag(
         tuple(
@@ -65,21 +65,21 @@ class Config(CompareConfig):
         "without BatchNorm: standard (standardised input), none (raw); bn_before and bn_after "
         "(the activation) and on the raw input; each with _elu too",
     )
-    learning_rates: tuple[float, ...] = flag((0.1, 0.3, 1.0), "learning rates to try")
+    learning_rates: tuple[float, ...] = flag((0.1, 0.3, 1.0))
     raw_learning_rates: tuple[float, ...] = flag(
-        (1e-3, 3e-3, 1e-2), "those of the arms without BatchNorm on raw input"
+        (1e-3, 3e-3, 1e-2),
+        "those of the arms without BatchNorm on raw input",
+        above=0,
+        each_once=True,
     )
-    momentums: tuple[float, ...] = flag((0.99,), "momenta of the running statistics to try")
-    steps: int = flag(3000, "training steps of a run")
-    batch_size: int = flag(32, "examples in a training step")
-    eval_every: int = flag(150, "training steps between evaluations")
-    target: float | None = flag(0.95, "test accuracy to reach")
-    validation_fraction: float = flag(0.1, "as in experiments.compare")
+    momentums: tuple[float, ...] = flag((0.99,))
+    steps: int = flag(3000)
+    batch_size: int = flag(32)
+    eval_every: int = flag(150)
+    target: float | None = flag(0.95)
+    validation_fraction: float = flag(0.1)
     scaling: str = flag("raw", "of the input of all arms but standard")
     max_runs_at_once: int | None = flag(1, "runs trained together: alone, time is its own")
-
-    LISTS: ClassVar = (*CompareConfig.LISTS, "raw_learning_rates")
-    POSITIVE: ClassVar = (*CompareConfig.POSITIVE, "raw_learning_rates")
 
     def __post_init__(self):
         if self.dataset is None:

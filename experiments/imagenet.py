@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from bn_jax.errors import UserError
 from bn_jax.lab import flags
-from bn_jax.lab.config import Shared
-from bn_jax.lab.flags import SMALLEST, flag
+from bn_jax.lab.config import Optimization, Output, Processes, Source
+from bn_jax.lab.fields import fixed, flag
 
 if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
     import jax
@@ -52,20 +52,13 @@ PER = 256  # examples, for which `learning_rate` is
 # BN-Baseline. Both for images of 224 x 224, as here by default.
 PUBLISHED = {"resnet50": 0.767, "inception": 0.727}
 NEAR = 0.01
-KNOWN = {
-    "model": ("resnet50", "resnet18", "inception"), "dtype": ("bfloat16", "float32"),
-}  # fmt: skip
+MODELS = ("resnet50", "resnet18", "inception")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Shared):
+class Config(Output, Processes, Optimization, Source):
     """Every flag of the experiment; see `python -m experiments.imagenet --help`."""
 
-    COUNTS: ClassVar = (*Shared.COUNTS, "image_size", "log_every")
-    RANGES: ClassVar = Shared.RANGES | {
-        "warmup_epochs": (0, math.inf), "momentum": (0, 1), "seed": (0, 2**31 - 1),
-        "workers": (0, 1000), "max_bad_examples": (0, math.inf),
-    }  # fmt: skip
     QUICK: ClassVar[dict[str, Any]] = {
         "model": "resnet18", "width": 0.25, "image_size": 64, "batch_size": 32, "steps": 20,
         "eval_every": 10, "log_every": 5, "warmup_epochs": 0.0, "test_examples": 500,
@@ -79,50 +72,73 @@ class Config(Shared):
     train_examples: int | None = flag(
         None, "train on the first so many of the training examples; by default on all"
     )
-    test_split: str = flag("validation", "what is tested on; nothing is chosen on it")
-    image_size: int = flag(224, "height and width, in pixels, of what the network sees")
-    model: str = flag("resnet50", "resnet50, resnet18 or inception")
-    width: float = flag(1.0, "the network's share of its usual channels")
-    dtype: str = flag("bfloat16", "of convolutions and norms: bfloat16 or float32")
-    arms: tuple[str, ...] = flag(
-        ("bn",), "norms to train with, of none, bn, layer, group; the first is the baseline"
+    bn_group_size: int | None = flag(
+        None,
+        "examples that share statistics in a BatchNorm, however many devices there are; by "
+        "default all of the batch; 0: those of a device",
+        at_least=0,
     )
-    momentum: float = flag(0.9, "of running statistics: the weight of the old value")
-    optimizer: str = flag("sgd_momentum", "sgd, sgd_momentum, sgd_nesterov, rmsprop or adam")
-    learning_rate: float = flag(0.1, f"for a batch of {PER} examples; it grows with the batch")
-    warmup_epochs: float = flag(5.0, "epochs in which the learning rate rises from 0, linearly")
+    test_split: str = flag("validation", "what is tested on; nothing is chosen on it")
+    image_size: int = flag(
+        224, "height and width, in pixels, of what the network sees", at_least=1
+    )
+    model: str = flag("resnet50", "resnet50, resnet18 or inception", choices=MODELS)
+    width: float = flag(1.0, "the network's share of its usual channels", above=0)
+    dtype: str = flag(
+        "bfloat16",
+        "of convolutions and norms: bfloat16 or float32",
+        choices=("bfloat16", "float32"),
+    )
+    arms: tuple[str, ...] = flag(
+        ("bn",),
+        "norms to train with, of none, bn, layer, group; the first is the baseline",
+        each_once=True,
+    )
+    momentum: float = flag(
+        0.9, "of running statistics: the weight of the old value", at_least=0, at_most=1
+    )
+    optimizer: str = flag("sgd_momentum")
+    learning_rate: float = flag(
+        0.1, f"for a batch of {PER} examples; it grows with the batch", above=0
+    )
+    warmup_steps: int = fixed(0)
+    warmup_epochs: float = flag(
+        5.0, "epochs in which the learning rate rises from 0, linearly", at_least=0
+    )
     schedule: str = flag(
         "cosine",
         "of the learning rate: goyal (a tenth of it after 30, 60 and 80 of 90 epochs), cosine, "
         "constant, step, exponential, inverse or one_cycle",
     )
-    l2: float = flag(1e-4, "l2 / 2 times the sum of squared kernels is added to the loss")
-    weight_decay: float = flag(0.0, "kernels shrink by this times the learning rate each step")
-    label_smoothing: float = flag(0.1, "share of the wanted distribution that is uniform")
-    seed: int = flag(0, "of initial weights, of the order of the data, of what is cut out")
-    batch_size: int = flag(PER, "examples in a training step, of all devices together")
-    epochs: int = flag(90, "passes over the data")
-    steps: int | None = flag(None, "instead of epochs: training steps")
-    eval_every: int | None = flag(None, "steps between evaluations; by default an epoch's")
+    l2: float = flag(1e-4)
+    label_smoothing: float = flag(0.1)
+    seed: int = flag(
+        0, "of initial weights, of the order of the data, of what is cut out", at_least=0
+    )
+    batch_size: int = flag(
+        PER, "examples in a training step, of all devices together", at_least=1
+    )
+    epochs: int = flag(90, "passes over the data", at_least=1)
+    steps: int | None = flag(None, "instead of epochs: training steps", at_least=1)
+    eval_every: int | None = flag(
+        None, "steps between evaluations; by default an epoch's", at_least=1
+    )
     workers: int | None = flag(
-        None, "processes that decode; 0: this one does; by default one for each core but one"
+        None,
+        "processes that decode; 0: this one does; by default one for each core but one",
+        at_least=0,
+        at_most=1000,
     )
     max_bad_examples: int = flag(
-        0, "broken images that the training set, or the test set, may have; they are left out"
+        0,
+        "broken images that the training set, or the test set, may have; they are left out",
+        at_least=0,
     )
-    log_every: int = flag(100, "training steps after which the loss is shown")
+    log_every: int = flag(100, "training steps after which the loss is shown", at_least=1)
     quick: bool = flag(
         False, "a small network, few small images: a look in some minutes on two cores"
     )
     checkpoint_every: float = flag(600.0, "seconds between checkpoints; 0: after every step")
-
-    def check(self) -> None:
-        """Raises a UserError for a flag that makes no sense."""
-        super().check()
-        for name in ("learning_rate", "width"):
-            if not SMALLEST <= getattr(self, name) < math.inf:
-                raise UserError(f"--{name}={getattr(self, name)}: it must be positive")
-        self.check_known(KNOWN)
 
     def check_known(self, known: Mapping[str, Iterable[str]]) -> None:
         """Raises a UserError for a flag whose value is not among those that are known."""
@@ -145,7 +161,7 @@ class Config(Shared):
 def run(config: Config) -> dict[str, Any]:
     """Trains the arms, fills the workdir, prints the table; the summary comes back."""
     start = time.perf_counter()
-    started = start_jax(config)
+    started = start_jax(config, config.cache_dir)
     command = workdir.command(config, EXPERIMENT)
     config, warmup, train, test = open_sets(config)
     records: list[Record] = []

@@ -79,7 +79,7 @@ def network(config: Config, arm: Arm, classes: int, warmup: int) -> Network:
     model = family(num_outputs=classes, norm=norm, width=config.width, dtype=half)
     rule = optimizer(
         config.optimizer, config.highest_rate, schedule=factors(config, warmup), l2=config.l2,
-        weight_decay=config.weight_decay,
+        weight_decay=config.weight_decay, decay_norms=config.decay_norms, clip=config.clip,
     )  # fmt: skip
     loss = functools.partial(cross_entropy, label_smoothing=config.label_smoothing)
     image = config.image_size, config.image_size, 3
@@ -121,7 +121,10 @@ def factors(config: Config, warmup: int) -> optax.Schedule:
     """On the learning rate, at every step; it rises for `warmup` of them."""
     steps = config.evaluations[-1]
     if config.schedule != "goyal":
-        return schedule(config.schedule, steps, warmup_steps=warmup)
+        return schedule(
+            config.schedule, steps, warmup_steps=warmup, decay_steps=config.decay_steps,
+            decay_rate=config.decay_rate,
+        )  # fmt: skip
     drops = {steps * drop // OF: 0.1 for drop in DROPS}
     risen = schedule("constant", steps, warmup_steps=warmup)
     dropped = optax.piecewise_constant_schedule(1.0, drops)

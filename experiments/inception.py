@@ -30,15 +30,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bn_jax.errors import UserError
 from bn_jax.lab import flags
 from bn_jax.lab.config import NARROW
 from bn_jax.lab.config import Config as CompareConfig
-from bn_jax.lab.flags import SMALLEST, flag
+from bn_jax.lab.fields import fixed, flag
 
 if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
     import jax
@@ -80,22 +78,23 @@ FAILED = {"inception_x5": "diverged", "inception_sigmoid": "at chance"}
 class Config(CompareConfig):
     """Every flag of the experiment; see `python -m experiments.inception --help`."""
 
-    RANGES: ClassVar = CompareConfig.RANGES | {"ensemble": (0, 1000)}
     QUICK: ClassVar = {
         "dataset": "digits", "augment": ("shift", "distort"), "blocks": ("3c", "4a"),
         "width": 0.125, "learning_rates": (0.01,), "steps": 300, "eval_every": 20,
         "ensemble": 2,
     }  # fmt: skip
 
-    dataset: str = flag("cifar10", "as in experiments.compare, of images")
-    validation_fraction: float = flag(0.1, "as in experiments.compare")
-    model: str = flag("inception", "as in experiments.compare")
+    dataset: str = flag("cifar10")
+    validation_fraction: float = flag(0.1)
+    model: str = fixed("inception")
     stem: str = flag(
         NETWORK["stem"],
         "what precedes the blocks: small, a convolution that leaves half of height and width, "
         "or imagenet, the paper's, which leaves an eighth",
     )
-    width: float = flag(NETWORK["width"], "the network's share of the paper's channels")
+    width: float = flag(
+        NETWORK["width"], "the network's share of the paper's channels", above=0
+    )
     blocks: tuple[str, ...] = flag(
         NETWORK["blocks"], "those that the network has, of 3a,3b,3c,4a,4b,4c,4d,4e,5a,5b"
     )
@@ -108,16 +107,19 @@ class Config(CompareConfig):
     learning_rates: tuple[float, ...] = flag(
         (0.0015,), "of inception and bn_baseline; x5 and x30 have 5 and 30 times as much"
     )
-    optimizer: str = flag("sgd_momentum", "as in experiments.compare")
-    schedule: str = flag("exponential", "as in experiments.compare")
+    optimizer: str = flag("sgd_momentum")
+    schedule: str = flag("exponential")
     decay_rate: float = flag(
         0.776, "what one decay multiplies the learning rate by; its sixth power in x5 and x30"
     )
     dropout: float | None = flag(0.4, "before the last layer; none in x5 and x30")
-    l2: float = flag(4e-5, "as in experiments.compare; a fifth in x5 and x30")
+    l2: float = flag(
+        4e-5,
+        "l2 / 2 times the sum of squared kernels is added to the loss; a fifth in x5 and x30",
+    )
     augment: tuple[str, ...] = flag(
         ("shift", "flip", "distort"),
-        "as in experiments.compare; without distort in x5 and x30",
+        "changes to training images, of shift, flip, distort; without distort in x5 and x30",
     )
     local_response_norm: bool | None = flag(
         None,
@@ -127,23 +129,20 @@ class Config(CompareConfig):
     shuffle: bool = flag(
         True, "every epoch in a new order, in all arms; else all in the order of the first"
     )
-    seeds: int = flag(1, "how many seeds at each point of the grid")
-    batch_size: int = flag(32, "examples in a training step")
-    eval_every: int = flag(100, "training steps between evaluations; divides steps")
-    ensemble: int = flag(6, "networks whose probabilities are averaged; 0: none")
-    ensemble_scale: float = flag(1.5, "factor on the initial weights of those networks")
+    seeds: int = flag(1)
+    batch_size: int = flag(32)
+    eval_every: int = flag(100)
+    ensemble: int = flag(
+        6, "networks whose probabilities are averaged; 0: none", at_least=0, at_most=1000
+    )
+    ensemble_scale: float = flag(
+        1.5, "factor on the initial weights of those networks", above=0
+    )
     full: bool = flag(
         False,
         "print the layers of the paper's network, for images of 224x224, first; --stem, "
         "--width and --blocks decide what is trained",
     )
-
-    def check(self) -> None:
-        """Raises a UserError for a flag that makes no sense."""
-        super().check()
-        for name in ("width", "ensemble_scale"):
-            if not SMALLEST <= getattr(self, name) < math.inf:
-                raise UserError(f"--{name}={getattr(self, name)}: it must be positive")
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -15,10 +15,9 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from bn_jax.errors import UserError
 from bn_jax.lab import flags
 from bn_jax.lab.config import Config as CompareConfig
-from bn_jax.lab.flags import flag
+from bn_jax.lab.fields import fixed, flag
 
 if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
     from bn_jax.lab.arms import Arm, chosen_arms, norm_arms
@@ -50,41 +49,32 @@ CAPTION = (
 class Config(CompareConfig):
     """Every flag of the experiment; see `python -m experiments.learning_rates --help`."""
 
-    LISTS: ClassVar = (*CompareConfig.LISTS, "depths", "activations")
-    COUNTS: ClassVar = (*CompareConfig.COUNTS, "width")
     QUICK: ClassVar = {
         "depths": (3, 10), "activations": ("relu", "sigmoid"), "seeds": 2, "steps": 200,
         "learning_rates": (0.01, 0.1, 1.0, 10.0, 100.0), "init_scales": (0.1, 1.0, 10.0),
     }  # fmt: skip
 
-    depths: tuple[int, ...] = flag((3, 5, 10, 20), "numbers of hidden layers")
-    activations: tuple[str, ...] = flag(
-        ("relu", "sigmoid", "tanh"), "some of relu, sigmoid, tanh, elu and gelu"
+    depths: tuple[int, ...] = flag(
+        (3, 5, 10, 20), "numbers of hidden layers", at_least=1, at_most=DEEPEST, each_once=True
     )
-    width: int = flag(32, "of every hidden layer")
+    activations: tuple[str, ...] = flag(
+        ("relu", "sigmoid", "tanh"), "some of relu, sigmoid, tanh, elu and gelu", each_once=True
+    )
+    width: int = flag(32, "of every hidden layer", at_least=1)
+    features: None = fixed(None)  # of --depths and --width
+    activation: str | None = fixed(None)  # every arm's own
     learning_rates: tuple[float, ...] = flag(
-        (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0), "learning rates to try"
+        (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
     )
     init_scales: tuple[float, ...] = flag(
         (0.1, 0.3, 1.0, 3.0, 10.0), "factors on the initial weights to try"
     )
-    seeds: int = flag(3, "how many seeds at each point of the grid")
-    steps: int = flag(400, "training steps of a run")
-    eval_every: int = flag(200, "training steps between evaluations; divides steps")
-    target: float | None = flag(
+    seeds: int = flag(3)
+    steps: int = flag(400)
+    eval_every: int = flag(200)
+    target: float = flag(
         0.9, "test accuracy of which a rate has to reach 90 % to be one that trains"
     )
-
-    def check(self) -> None:
-        """Raises a UserError for a flag that makes no sense."""
-        super().check()
-        for depth in self.depths:
-            if not 1 <= depth <= DEEPEST:
-                raise UserError(f"--depths: {depth} must be from 1 to {DEEPEST}")
-        if self.features is not None:
-            raise UserError("--features: here --depths and --width say it")
-        if self.target is None:
-            raise UserError("--target: name the test accuracy that is to be reached")
 
 
 class Network(NamedTuple):

@@ -27,10 +27,9 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bn_jax.errors import UserError
 from bn_jax.lab import flags
 from bn_jax.lab.config import Config as CompareConfig
-from bn_jax.lab.flags import flag
+from bn_jax.lab.fields import fixed, flag
 
 if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
     import jax
@@ -76,11 +75,13 @@ class Config(CompareConfig):
         "dataset": "digits", "features": (32,), "seeds": 2, "steps": 300, "eval_every": 20,
     }  # fmt: skip
 
-    dataset: str = flag("mnist", "as in experiments.compare, of images")
-    validation_fraction: float = flag(1 / 6, "as in experiments.compare")
-    scaling: str = flag("unit", "as in experiments.compare")
-    model: str = flag("lstm", "as in experiments.compare")
-    read: str = flag("rows", "what a step of the LSTM sees of an image: rows or pixels")
+    dataset: str = flag("mnist")
+    validation_fraction: float = flag(1 / 6)
+    scaling: str = flag("unit")
+    model: str = fixed("lstm")
+    read: str = flag(
+        "rows", "what a step of the LSTM sees of an image", choices=("rows", "pixels")
+    )
     permuted: bool = flag(False, "the pixels in an order that is drawn once")
     features: tuple[int, ...] | None = flag(
         (100,), "width of the LSTM in all arms; 32 in the tutorial that lstm_bn is from"
@@ -89,18 +90,12 @@ class Config(CompareConfig):
         ("none", "lstm_bn", "recurrent_.1", "recurrent_1"),
         "networks to compare, of these and the norms of experiments.compare after the LSTM",
     )
-    optimizer: str = flag("rmsprop", "as in experiments.compare")
-    learning_rates: tuple[float, ...] = flag((0.001,), "learning rates to try")
-    clip: float | None = flag(1.0, "the largest norm of the gradient")
-    steps: int = flag(2000, "training steps of a run")
-    batch_size: int = flag(100, "examples in a training step")
-    eval_every: int = flag(200, "training steps between evaluations; divides steps")
-
-    def check(self) -> None:
-        """Raises a UserError for a flag that makes no sense."""
-        super().check()
-        if self.read not in ("rows", "pixels"):
-            raise UserError(f"--read={self.read}: choose from rows, pixels")
+    optimizer: str = flag("rmsprop")
+    learning_rates: tuple[float, ...] = flag((0.001,))
+    clip: float | None = flag(1.0)
+    steps: int = flag(2000)
+    batch_size: int = flag(100)
+    eval_every: int = flag(200)
 
 
 def run(config: Config) -> dict[str, Any]:

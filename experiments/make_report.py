@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from bn_jax.errors import UserError
 from bn_jax.lab import flags
-from bn_jax.lab.flags import flag
+from bn_jax.lab.fields import Flags, flag
 
 if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
     from bn_jax.lab import lock, workdir
@@ -58,15 +58,12 @@ REASONS: dict[str, dict[str, str]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Flags):
     """Every flag; see `python -m experiments.make_report --help`."""
 
     runs: str = flag("runs", "folder with <experiment>/<run>, as the experiments leave them")
     workdirs: tuple[str, ...] = flag((), "folders of runs, instead of the newest below --runs")
     out: str = flag("docs/results.md", "the page; its figures go to figures/results beside it")
-
-    def __post_init__(self):
-        flags.check_values(self)
 
 
 def run(config: Config) -> None:

@@ -24,10 +24,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bn_jax.errors import UserError
 from bn_jax.lab import flags
 from bn_jax.lab.config import Config as CompareConfig
-from bn_jax.lab.flags import flag
+from bn_jax.lab.fields import fixed, flag
 
 if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
     import numpy as np
@@ -68,24 +67,16 @@ class Config(CompareConfig):
         "eval_every": 60, "validation_fraction": 0.2,
     }  # fmt: skip
 
-    dataset: str = flag("mnist", "as in experiments.compare")
-    scaling: str = flag("binary", "as in experiments.compare")
-    validation_fraction: float = flag(1 / 12, "as in experiments.compare")
-    features: tuple[int, ...] | None = flag((100, 100, 100), "widths of the hidden layers")
-    activation: str | None = flag("sigmoid", "as in experiments.compare")
-    places: tuple[str, ...] | None = flag(("before",), "as in experiments.compare")
-    learning_rates: tuple[float, ...] = flag((0.1, 1.0, 3.0), "learning rates to try")
-    steps: int = flag(50_000, "training steps of a run")
-    eval_every: int = flag(500, "training steps between evaluations; divides steps")
-
-    def check(self) -> None:
-        """Raises a UserError for a flag that makes no sense."""
-        super().check()
-        if self.model != "mlp" or self.features is None:
-            raise UserError(
-                f"--model={self.model} --features={self.features}: the units that are watched "
-                "are of an mlp whose widths are named"
-            )
+    dataset: str = flag("mnist")
+    scaling: str = flag("binary")
+    validation_fraction: float = flag(1 / 12)
+    model: str = fixed("mlp")  # whose units are watched
+    features: tuple[int, ...] = flag((100, 100, 100))
+    activation: str | None = flag("sigmoid")
+    places: tuple[str, ...] | None = flag(("before",))
+    learning_rates: tuple[float, ...] = flag((0.1, 1.0, 3.0))
+    steps: int = flag(50_000)
+    eval_every: int = flag(500)
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from bn_jax.errors import UserError
 from bn_jax.lab import flags
 from bn_jax.lab.config import Config as CompareConfig
-from bn_jax.lab.flags import flag
+from bn_jax.lab.config import Data, Network, Optimization, Workdir
+from bn_jax.lab.fields import flag, kinds, listed
 
 if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
     import jax
@@ -50,65 +51,49 @@ AVERAGE_EVERY = 10  # steps
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(flags.Quick):
+class Config(Workdir, Optimization, Network, Data):
     """Every flag of the experiment; see `python -m experiments.recalibration --help`."""
 
     QUICK: ClassVar = {
         "dataset": "digits", "seeds": 2, "steps": 100, "images": (30, 100, 300)
     }  # fmt: skip
 
-    dataset: str = flag("cifar10", "as in experiments.compare")
+    dataset: str = flag("cifar10")
     model: str = flag("cnn", "cnn or mlp")
-    features: tuple[int, ...] | None = flag(None, "as in experiments.compare")
     activation: str = flag("relu", "relu, sigmoid, tanh, elu or gelu")
-    optimizer: str = flag("sgd", "as in experiments.compare")
-    learning_rate: float = flag(0.1, "learning rate")
-    momentum: float = flag(0.99, "of the running statistics: the weight of the old value")
-    steps: int = flag(1000, "training steps")
-    batch_size: int = flag(60, "examples in a training step")
+    learning_rate: float = flag(0.1, "learning rate", above=0)
+    momentum: float = flag(
+        0.99, "of the running statistics: the weight of the old value", at_least=0, below=1
+    )
+    steps: int = flag(
+        1000, "training steps; weights are averaged over the last half", at_least=2
+    )
     seeds: int = flag(3, "how many networks")
     seed: int = flag(0, "the first seed")
     images: tuple[int, ...] = flag(
-        (30, 100, 300, 1000, 3000, 10000), "how many training images to recalibrate with"
+        (30, 100, 300, 1000, 3000, 10000),
+        "how many training images to recalibrate with, in ascending order",
+        at_least=2,
+        each_once=True,
     )
     recalibration_batch: int = flag(
-        500, "images that are normalised together while recalibrating"
+        500, "images that are normalised together while recalibrating", at_least=2
     )
     quick: bool = flag(False, "digits, two seeds, 100 steps: a look in half a minute")
     parallel: str = flag(
         "auto", "how several devices train a network: single, pmap, jit, shard_map or auto"
     )
-    data_dir: str | None = flag(None, "as in experiments.compare")
-    cache_dir: str | None = flag(None, "as in experiments.compare")
-    workdir: str | None = flag(
-        None, "folder for the results; by default runs/recalibration/<time>"
-    )
-    overwrite: bool = flag(False, "delete the run that is in the workdir")
-    resume: bool = flag(True, "go on with the run in the workdir, if its flags are the same")
 
-    def __post_init__(self):
-        self.apply_quick()
-        flags.check_values(self)
-        if not self.learning_rate > 0:
-            raise UserError(f"--learning_rate={self.learning_rate}: it must be positive")
-        if not 0 <= self.momentum < 1:
-            raise UserError(f"--momentum={self.momentum}: it must be in [0, 1)")
-        if not self.images or min(self.images) < 2 or sorted(self.images) != [*self.images]:
-            raise UserError(
-                f"--images={self.images}: name counts of 2 or more, in ascending order"
-            )
-        if self.recalibration_batch < 2:
-            raise UserError(f"--recalibration_batch={self.recalibration_batch}: at least 2")
-        if self.steps < 2:
-            raise UserError(
-                f"--steps={self.steps}: the last half of them is averaged: at least 2"
-            )
+    def check(self) -> None:
+        """Raises a UserError for a flag that makes no sense."""
+        super().check()
+        if sorted(self.images) != [*self.images]:
+            raise UserError(f"--images={listed(self.images)}: name them in ascending order")
         self.comparison()  # has the checks of the other flags
 
     def comparison(self) -> CompareConfig:
         """The training of one arm, as a comparison would do it."""
-        named = {f.name for f in dataclasses.fields(CompareConfig)}
-        same = {k: v for k, v in dataclasses.asdict(self).items() if k in named}
+        same = {k: v for k, v in vars(self).items() if k in kinds(CompareConfig)}
         return CompareConfig(
             **same, arms=("bn",), eval_every=self.steps,
             learning_rates=(self.learning_rate,), momentums=(self.momentum,),

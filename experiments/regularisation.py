@@ -19,10 +19,9 @@ import statistics
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from bn_jax.errors import UserError
 from bn_jax.lab import flags
 from bn_jax.lab.config import Config as CompareConfig
-from bn_jax.lab.flags import flag
+from bn_jax.lab.fields import fixed, flag
 
 if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
     from bn_jax.lab import crossed
@@ -61,31 +60,28 @@ PANELS = {"test_accuracy": "test accuracy (%)", "gap": "training - test (%)"}
 class Config(CompareConfig):
     """Every flag of the experiment; see `python -m experiments.regularisation --help`."""
 
-    LISTS: ClassVar = (*CompareConfig.LISTS, "dropouts", "l2s")
     QUICK: ClassVar = {
         "dataset": "digits", "train_examples": 200, "dropouts": (0.0, 0.3), "l2s": (0.0, 0.01),
         "steps": 300, "learning_rates": (0.1,),
     }  # fmt: skip
 
-    dropouts: tuple[float, ...] = flag((0.0, 0.2, 0.5), "shares of the units to drop")
-    l2s: tuple[float, ...] = flag((0.0, 0.001, 0.01), "weights of the L2 penalty")
-    dataset: str = flag("mnist", "as in experiments.compare")
+    dropouts: tuple[float, ...] = flag(
+        (0.0, 0.2, 0.5), "shares of the units to drop", at_least=0, below=1, each_once=True
+    )
+    l2s: tuple[float, ...] = flag(
+        (0.0, 0.001, 0.01), "weights of the L2 penalty", at_least=0, each_once=True
+    )
+    dropout: float | None = fixed(None)  # every arm's own, as is l2
+    l2: float = fixed(0.0)
+    dataset: str = flag("mnist")
     train_examples: int | None = flag(500, "train on so many, chosen at random")
     validation_fraction: float = flag(0.02, "of all examples, to choose learning rates on")
     activation: str = flag("relu", "relu, sigmoid, tanh, elu or gelu")
-    learning_rates: tuple[float, ...] = flag((0.1, 0.3, 1.0), "learning rates to try")
-    seeds: int = flag(10, "how many seeds at each point of the grid")
-    steps: int = flag(600, "training steps of a run")
-    batch_size: int = flag(50, "examples in a training step")
-    eval_every: int = flag(300, "training steps between evaluations; divides steps")
-
-    def check(self) -> None:
-        """Raises a UserError for a flag that makes no sense."""
-        super().check()
-        for name, top in (("dropouts", 1), ("l2s", float("inf"))):
-            for value in getattr(self, name):
-                if not 0 <= value < top:
-                    raise UserError(f"--{name}: {value} must be at least 0 and below {top}")
+    learning_rates: tuple[float, ...] = flag((0.1, 0.3, 1.0))
+    seeds: int = flag(10)
+    steps: int = flag(600)
+    batch_size: int = flag(50)
+    eval_every: int = flag(300)
 
 
 class Cell(NamedTuple):
@@ -118,9 +114,6 @@ def cells(config: Config) -> list[Cell]:
 
 def arms(config: Config) -> dict[str, Arm]:
     """Every combination, by its name."""
-    for name, many in (("dropout", "dropouts"), ("l2", "l2s")):
-        if getattr(config, name):
-            raise UserError(f"--{name}: here --{many} has the values")
     norms = chosen_arms(config.arms, norm_arms())
     return {
         c.name: norms[c.norm]._replace(changes={"dropout": c.dropout, "l2": c.l2})

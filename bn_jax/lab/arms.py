@@ -11,12 +11,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import optax
+from flax import linen as nn
 
 from bn_jax.errors import UserError
 from bn_jax.lab import data, models, sizes
-from bn_jax.lab.config import NARROW, Config, listed
+from bn_jax.lab.config import NARROW, Config, Data, Grid, Network, Optimization
 from bn_jax.lab.data import Dataset
-from bn_jax.lab.flags import MOST
+from bn_jax.lab.fields import MOST, Flags, listed
 from bn_jax.lab.models import Norm
 from bn_jax.lab.sweeps import Point
 from bn_jax.lab.sweeps.layouts import PARALLEL, layout
@@ -27,6 +29,7 @@ from bn_jax.lab.training.schedules import SCHEDULES, schedule
 from bn_jax.linen import BatchNorm, GhostBatchNorm
 
 C = TypeVar("C", bound=Config)
+F = TypeVar("F", bound=Flags)
 # What a BatchNorm says of a batch of one example.
 ALONE = "one element per feature"
 
@@ -46,10 +49,9 @@ class Arm(NamedTuple):
     model: Mapping[str, Any] = {}
     shuffle: bool = True
 
-    def config(self, config: C) -> C:
+    def config(self, config: F) -> F:
         """The comparison's flags as this arm has them."""
-        # What --quick changes is changed: a value of the arm's own that is a default stays.
-        return dataclasses.replace(config, quick=False, **self.changes)
+        return config.changed(self.changes)
 
     @property
     def has_momentum(self) -> bool:
@@ -71,7 +73,7 @@ def chosen_arms(names: Sequence[str], known: Mapping[str, Arm]) -> dict[str, Arm
     return {name: known[name] for name in names}
 
 
-def load_data(config: Config) -> Dataset:
+def load_data(config: Data) -> Dataset:
     """The dataset, checked against the batch size."""
     dataset = data.load(
         config.dataset,
@@ -128,16 +130,17 @@ def build_run(config: Config, arm: Arm, dataset: Dataset) -> Run:
 
     loss = functools.partial(cross_entropy, label_smoothing=config.label_smoothing)
     augment = data.augmentation(config.augment)
-    run = Run(model, _optimizer(config), scaled, batches, loss, augment)
+    rule = rule_of(config, config.steps)
+    run = Run(model, rule, scaled, batches, loss, augment)
     _check_network(config, arm, run, dataset)
     return run
 
 
-def _optimizer(config: Config) -> Callable[..., Any]:
-    """From a learning rate to the optimizer of the flags."""
+def rule_of(config: Optimization, steps: int) -> Callable[..., optax.GradientTransformation]:
+    """From a learning rate to the optimizer of a run of so many steps."""
     varies = config.schedule != "constant" or config.warmup_steps
     rates = schedule(
-        config.schedule, config.steps, warmup_steps=config.warmup_steps,
+        config.schedule, steps, warmup_steps=config.warmup_steps,
         decay_steps=config.decay_steps, decay_rate=config.decay_rate,
     )  # fmt: skip
     return functools.partial(
@@ -210,7 +213,7 @@ def _check_names(config):
                 raise UserError(f"--{name}: unknown {value!r}, choose from {', '.join(known)}")
 
 
-def _family(config, arm):
+def _family(config: Network, arm: Arm) -> Callable[..., nn.Module]:
     """The network but for its norm and number of outputs."""
     family = models.FAMILIES[config.model]
     taken = {field.name for field in dataclasses.fields(family)}
@@ -225,13 +228,13 @@ def _family(config, arm):
     return functools.partial(family, activation=_activation(config), **own, **more)
 
 
-def _activation(config):
+def _activation(config: Network) -> str:
     # Sigmoids: the network of Ioffe & Szegedy 2015, section 4.1.
     own = {"lstm": "tanh"} | dict.fromkeys(("inception", "resnet18", "resnet50"), "relu")
     return config.activation or own.get(config.model, "sigmoid")
 
 
-def _features(config):
+def _features(config: Network) -> int | tuple[int, ...] | None:
     """As the network takes them: several widths, or the only one of an LSTM."""
     if config.model != "lstm":
         return config.features
@@ -241,7 +244,7 @@ def _features(config):
     return width
 
 
-def grid(config: Config, arm: Arm) -> list[Point]:
+def grid(config: Grid, arm: Arm) -> list[Point]:
     """The points of an arm; only running statistics have a momentum to vary."""
     config = arm.config(config)
     momentums = config.momentums if arm.has_momentum else (None,)

@@ -11,12 +11,10 @@ batches of 60) on scikit-learn's handwritten digits.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from bn_jax.errors import UserError
-from bn_jax.lab.flags import SMALLEST, Quick, check_values, flag
+from bn_jax.lab.fields import Flags, flag
 
 # What makes the networks of 224x224 images ones of 32x32 (Inception's of some 40 ms a step on
 # two cores).
@@ -28,99 +26,8 @@ NARROW = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Shared(Quick):
-    """The flags, and the checks, that a comparison shares with `experiments.imagenet`."""
-
-    # Flags that are lists of one or more, each once.
-    LISTS: ClassVar[tuple[str, ...]] = ("arms",)
-    # Numbers of at least 1.
-    COUNTS: ClassVar[tuple[str, ...]] = (
-        "train_examples", "test_examples", "steps", "epochs", "batch_size", "eval_every",
-    )  # fmt: skip
-    # Numbers with the smallest and the largest value that makes sense; None is always allowed.
-    RANGES: ClassVar[dict[str, tuple[float, float]]] = {
-        "label_smoothing": (0, 1), "l2": (0, math.inf), "weight_decay": (0, math.inf),
-        "bn_group_size": (0, math.inf), "checkpoint_every": (0, math.inf),
-    }  # fmt: skip
-
-    data_dir: str | None = flag(
-        None, "of tensorflow-datasets; else TFDS_DATA_DIR, else ~/tensorflow_datasets"
-    )
-    cache_dir: str | None = flag(
-        None, "for decoded datasets and compiled programs; by default ~/.cache/bn_jax"
-    )
-    test_examples: int | None = flag(
-        None, "test on the first so many of the test examples; by default on all"
-    )
-    bn_group_size: int | None = flag(
-        None,
-        "examples that share statistics in a BatchNorm, however many devices there are; by "
-        "default all of the batch; 0: those of a device",
-    )
-    target: float | None = flag(
-        None, "test accuracy to reach, in (0, 1]; by default the best that the baseline reached"
-    )
-    coordinator: str | None = flag(
-        None, "host:port of process 0, where several processes are one run: see docs/scaling.md"
-    )
-    num_processes: int | None = flag(None, "how many processes there are")
-    process_id: int | None = flag(None, "which of them this is, from 0")
-    workdir: str | None = flag(
-        None, "folder for the results; by default runs/<experiment>/<time>"
-    )
-    overwrite: bool = flag(False, "delete the run that is in the workdir")
-    resume: bool = flag(True, "go on with the run in the workdir, if its flags are the same")
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, list):  # as one writes in a notebook
-                object.__setattr__(self, field.name, tuple(value))
-        self.apply_quick()
-        self.check()
-        check_values(self)
-
-    def check(self) -> None:
-        """Raises a UserError for a flag that makes no sense."""
-        for name in self.COUNTS:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name}={value}: it must be at least 1")
-        for name in self.LISTS:
-            values = getattr(self, name)
-            if values is not None and (not values or len(set(values)) != len(values)):
-                raise UserError(f"--{name}={listed(values)}: name one or more, each once")
-        for name, (low, high) in self.RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                span = f"from {low} to {high}" if high < math.inf else f"at least {low}"
-                raise UserError(f"--{name}={value}: it must be {span}")
-        if self.target is not None and not 0 < self.target <= 1:
-            raise UserError(f"--target={self.target}: an accuracy is in (0, 1]")
-
-    def is_as(self, other: Shared, names: Iterable[str]) -> bool:
-        """Whether these flags have the same values in both."""
-        return all(getattr(self, name) == getattr(other, name) for name in names)
-
-
-@dataclasses.dataclass(frozen=True)
-class Config(Shared):
-    """Every flag of a comparison; see `python -m experiments.compare --help`.
-
-    An experiment that rests on it is a subclass with other defaults and with `QUICK`, what
-    `--quick` changes of them. A flag that is given stands, with `--quick` too.
-    """
-
-    LISTS: ClassVar = ("learning_rates", "init_scales", "momentums", "arms", "places")
-    COUNTS: ClassVar = (
-        *Shared.COUNTS, "seeds", "max_runs_at_once", "patience", "decay_steps",
-    )  # fmt: skip
-    RANGES: ClassVar = Shared.RANGES | {
-        "dropout": (0, 1), "decay_rate": (0, math.inf), "warmup_steps": (0, math.inf),
-        "clip": (SMALLEST, math.inf),
-    }  # fmt: skip
-    POSITIVE: ClassVar[tuple[str, ...]] = ("learning_rates", "init_scales")
-    QUICK: ClassVar[dict[str, Any]] = {"seeds": 2, "steps": 300}
+class Source(Flags):
+    """Which examples there are."""
 
     dataset: str = flag(
         "digits",
@@ -128,8 +35,25 @@ class Config(Shared):
         "such as mnist, fashion_mnist, cifar10",
     )
     train_examples: int | None = flag(
-        None, "train on so many of the training examples, chosen at random; by default on all"
+        None,
+        "train on so many of the training examples, chosen at random; by default on all",
+        at_least=1,
     )
+    test_examples: int | None = flag(
+        None, "test on the first so many of the test examples; by default on all", at_least=1
+    )
+    data_dir: str | None = flag(
+        None, "of tensorflow-datasets; else TFDS_DATA_DIR, else ~/tensorflow_datasets"
+    )
+    cache_dir: str | None = flag(
+        None, "for decoded datasets and compiled programs; by default ~/.cache/bn_jax"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Data(Source):
+    """What a network is trained and tested on."""
+
     validation_fraction: float = flag(
         0.2,
         "share of the training examples held out, to choose learning rates on; 0: train on "
@@ -142,6 +66,13 @@ class Config(Shared):
     augment: tuple[str, ...] = flag(
         (), "changes to training images, made on the device: shift, flip, distort"
     )
+    batch_size: int = flag(60, "examples in a training step", at_least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Network(Flags):
+    """What is trained, but for its norm."""
+
     model: str = flag(
         "mlp", "mlp, cnn, cifar_a, cifar_b, airbench, lstm, inception, resnet18 or resnet50"
     )
@@ -150,62 +81,147 @@ class Config(Shared):
         "widths of the hidden layers (mlp, by default 100,100,100), or channels of the "
         "convolutions and last the widths of dense layers (cnn, by default 16,32,64), or one "
         "width (lstm, by default 100)",
+        at_least=1,
     )
     activation: str | None = flag(
         None,
         "relu, sigmoid, tanh, elu or gelu; by default tanh in an lstm, relu in inception and "
         "resnets, sigmoid elsewhere",
     )
-    arms: tuple[str, ...] = flag(
-        ("none", "bn"),
-        "norms to compare, of none, bn, layer, group; the first is the baseline",
-    )
     places: tuple[str, ...] | None = flag(
         None,
         "where the norm goes: before or after the activation, input as well; in an lstm "
         "output or recurrent; by default as the model has it",
+        each_once=True,
     )
     dropout: float | None = flag(
-        None, "share of the units dropped after hidden layers; by default as the model has it"
+        None,
+        "share of the units dropped after hidden layers; by default as the model has it",
+        at_least=0,
+        at_most=1,
     )
+    bn_group_size: int | None = flag(
+        None,
+        "examples that share statistics in a BatchNorm, however many devices there are; by "
+        "default all of the batch; 0: those of a device",
+        at_least=0,
+    )
+
+    def check(self) -> None:
+        """Raises a UserError for a flag that makes no sense."""
+        super().check()
+        if self.features == ():
+            raise UserError("--features=: name widths of at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimization(Flags):
+    """The loss, and how it becomes less."""
+
     optimizer: str = flag("sgd", "sgd, sgd_momentum, sgd_nesterov, rmsprop or adam")
-    learning_rates: tuple[float, ...] = flag(
-        (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), "learning rates to try"
-    )
     schedule: str = flag(
         "constant",
         "of the learning rate: constant, step, exponential, inverse, cosine or one_cycle",
     )
-    warmup_steps: int = flag(0, "steps in which the learning rate rises from 0, linearly")
+    warmup_steps: int = flag(
+        0, "steps in which the learning rate rises from 0, linearly", at_least=0
+    )
     decay_steps: int | None = flag(
         None,
         "steps in which step, exponential and inverse decay once; by default a third of "
         "those after the warm-up",
+        at_least=1,
     )
-    decay_rate: float = flag(0.1, "what one decay multiplies the learning rate by")
-    l2: float = flag(0.0, "l2 / 2 times the sum of squared kernels is added to the loss")
-    weight_decay: float = flag(0.0, "kernels shrink by this times the learning rate each step")
+    decay_rate: float = flag(0.1, "what one decay multiplies the learning rate by", at_least=0)
+    l2: float = flag(
+        0.0, "l2 / 2 times the sum of squared kernels is added to the loss", at_least=0
+    )
+    weight_decay: float = flag(
+        0.0, "kernels shrink by this times the learning rate each step", at_least=0
+    )
     decay_norms: bool = flag(False, "l2 and weight_decay hold for scales and biases too")
-    label_smoothing: float = flag(0.0, "share of the wanted distribution that is uniform")
-    clip: float | None = flag(None, "the largest norm of the gradient")
-    init_scales: tuple[float, ...] = flag((1.0,), "factors on the initial weights to try")
+    label_smoothing: float = flag(
+        0.0, "share of the wanted distribution that is uniform", at_least=0, at_most=1
+    )
+    clip: float | None = flag(None, "the largest norm of the gradient", above=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid(Flags):
+    """The runs that there are."""
+
+    arms: tuple[str, ...] = flag(
+        ("none", "bn"),
+        "norms to compare, of none, bn, layer, group; the first is the baseline",
+        each_once=True,
+    )
+    learning_rates: tuple[float, ...] = flag(
+        (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), "learning rates to try", above=0, each_once=True
+    )
+    init_scales: tuple[float, ...] = flag(
+        (1.0,), "factors on the initial weights to try", above=0, each_once=True
+    )
     momentums: tuple[float, ...] = flag(
         (0.9,),
         "momenta of BatchNorm's running statistics to try: the weight of the old value",
+        at_least=0,
+        below=1,
+        each_once=True,
     )
-    seeds: int = flag(5, "how many seeds at each point of the grid")
-    seed: int = flag(0, "the first seed")
-    steps: int = flag(1500, "training steps of a run")
+    seeds: int = flag(5, "how many seeds at each point of the grid", at_least=1)
+    seed: int = flag(0, "the first seed", at_least=0)
+
+    def check(self) -> None:
+        """Raises a UserError for a flag that makes no sense."""
+        super().check()
+        if self.seed + self.seeds > 2**31 - 1:
+            raise UserError(
+                f"--seed={self.seed} --seeds={self.seeds}: seeds are from 0 to {2**31 - 1}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Length(Flags):
+    """How long a run is."""
+
+    steps: int = flag(1500, "training steps of a run", at_least=1)
     epochs: int | None = flag(
-        None, "instead of steps and eval_every: passes over the data, evaluated after each"
+        None,
+        "instead of steps and eval_every: passes over the data, evaluated after each",
+        at_least=1,
     )
-    batch_size: int = flag(60, "examples in a training step")
-    eval_every: int = flag(20, "training steps between evaluations; divides steps")
+    eval_every: int = flag(20, "training steps between evaluations; divides steps", at_least=1)
     patience: int | None = flag(
         None,
         "stop a run after so many evaluations without a better validation accuracy, and go "
         "back to the best",
+        at_least=1,
     )
+
+    def check(self) -> None:
+        """Raises a UserError for a flag that makes no sense."""
+        super().check()
+        if self.steps % self.eval_every:
+            raise UserError(
+                f"--eval_every={self.eval_every} does not divide --steps={self.steps}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes(Flags):
+    """Several processes that are one run."""
+
+    coordinator: str | None = flag(
+        None, "host:port of process 0, where several processes are one run: see docs/scaling.md"
+    )
+    num_processes: int | None = flag(None, "how many processes there are")
+    process_id: int | None = flag(None, "which of them this is, from 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices(Processes):
+    """What shares the work."""
+
     parallel: str = flag(
         "auto",
         "how several devices share the work: grid (runs of their own), pmap, jit or shard_map "
@@ -214,37 +230,48 @@ class Config(Shared):
         "several processes shard_map; on one CPU cores for small networks, else single",
     )
     max_runs_at_once: int | None = flag(
-        None, "runs trained together on a device; by default as many as fit in 2 GiB"
+        None,
+        "runs trained together on a device; by default as many as fit in 2 GiB",
+        at_least=1,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir(Flags):
+    """Where the results are left."""
+
+    workdir: str | None = flag(
+        None, "folder for the results; by default runs/<experiment>/<time>"
+    )
+    overwrite: bool = flag(False, "delete the run that is in the workdir")
+    resume: bool = flag(True, "go on with the run in the workdir, if its flags are the same")
+
+
+@dataclasses.dataclass(frozen=True)
+class Output(Workdir):
+    """What is said, and left."""
+
+    target: float | None = flag(
+        None,
+        "test accuracy to reach, in (0, 1]; by default the best that the baseline reached",
+        above=0,
+        at_most=1,
+    )
+    checkpoint_every: float = flag(
+        60.0, "seconds of training between checkpoints; 0: after every evaluation", at_least=0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Output, Devices, Length, Grid, Optimization, Network, Data):
+    """Every flag of a comparison; see `python -m experiments.compare --help`.
+
+    An experiment that rests on it is a subclass with other defaults, with `QUICK`, what
+    `--quick` changes of them, and with `fixed` values in place of flags that it cannot vary.
+    """
+
+    QUICK: ClassVar = {"seeds": 2, "steps": 300}
+
     summary: bool = flag(False, "print the layers of every arm's network first")
     tensorboard: bool = flag(False, "write events for TensorBoard to the workdir too")
     quick: bool = flag(False, "smaller: a look in less than two minutes on two cores")
-    checkpoint_every: float = flag(
-        60.0, "seconds of training between checkpoints; 0: after every evaluation"
-    )
-
-    def check(self) -> None:
-        """Raises a UserError for a flag that makes no sense."""
-        super().check()
-        if self.features is not None and not (self.features and min(self.features) > 0):
-            raise UserError(f"--features={listed(self.features)}: name widths of at least 1")
-        if not 0 <= self.seed < 2**31 - self.seeds:
-            raise UserError(
-                f"--seed={self.seed} --seeds={self.seeds}: seeds are from 0 to {2**31 - 1}"
-            )
-        for name in self.POSITIVE:
-            for value in getattr(self, name):
-                if not SMALLEST <= value < math.inf:
-                    raise UserError(f"--{name}: {value} must be positive and finite")
-        for value in self.momentums:
-            if not 0 <= value < 1:
-                raise UserError(f"--momentums: {value} must be in [0, 1)")
-        if self.steps % self.eval_every:
-            raise UserError(
-                f"--eval_every={self.eval_every} does not divide --steps={self.steps}"
-            )
-
-
-def listed(values: Any) -> str:
-    """As one writes them on the command line."""
-    return ",".join(map(str, values))

@@ -17,7 +17,7 @@ from flax.linen.summary import tabulate
 from bn_jax.errors import UserError
 from bn_jax.lab import report, sizes, sweeps, workdir
 from bn_jax.lab.arms import Arm, C, build_run, grid, in_steps, load_data
-from bn_jax.lab.config import Config, Shared
+from bn_jax.lab.config import Config, Processes
 from bn_jax.lab.data import Dataset
 from bn_jax.lab.data.cache import default_cache_dir
 from bn_jax.lab.findings import Findings
@@ -115,7 +115,7 @@ def run_experiment(
       build: from the flags, an arm and the dataset to what trains it.
     """
     start = time.perf_counter()
-    started = start_jax(config)
+    started = start_jax(config, config.cache_dir)
     dataset = load(config)
     command = workdir.command(config, experiment)
     config = in_steps(config, dataset)
@@ -146,11 +146,11 @@ def run_experiment(
         return summary
 
 
-def start_jax(config: Shared) -> dict[str, Any]:
+def start_jax(config: Processes, cache_dir: str | None) -> dict[str, Any]:
     """JAX as experiments want it, in one process or several; what of it `config.json` says."""
     started = set_up()
     distributed.initialize(config.coordinator, config.num_processes, config.process_id)
-    keep_compiled(Path(config.cache_dir or default_cache_dir()).expanduser() / "compiled")
+    keep_compiled(Path(cache_dir or default_cache_dir()).expanduser() / "compiled")
     return started
 
 

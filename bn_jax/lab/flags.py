@@ -2,78 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import io
 import os
 import signal
 import sys
 import threading
-import types
-import typing
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from absl import app, flags, logging
 
-from bn_jax.errors import UserError, expanded
+from bn_jax.errors import UserError
+from bn_jax.lab.fields import about, kinds, listed
 
 C = TypeVar("C")
 
-# JAX computes in float32 and counts in int32.
-SMALLEST, LARGEST, MOST = 1.2e-38, 3.4e38, 2**31 - 1
-# Flags that are paths wherever there is such a flag.
-PATHS = ("cache_dir", "checkpoint", "data_dir", "inputs", "markdown", "out", "runs", "workdir",
-         "workdirs")  # fmt: skip
-
+PARSERS = {int: flags.IntegerParser, float: flags.FloatParser}
 USAGE, INTERRUPTED = 2, 130
-
-
-def flag(default: Any, text: str) -> Any:
-    """A dataclass field that is a flag, with its help text."""
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
-def check_values(config: Any) -> None:
-    """What holds for every flag: numbers are finite, within 32 bits, and paths are paths.
-
-    Raises:
-      UserError: naming the flag and its value.
-    """
-    for field in dataclasses.fields(config):
-        name, value = field.name, getattr(config, field.name)
-        if name == "workdir" and value is None:
-            value = "runs"
-        for one in value if isinstance(value, tuple) else (value,):
-            if isinstance(one, float) and not abs(one) <= LARGEST:
-                raise UserError(f"--{name}={one}: it must be finite, at most {LARGEST}")
-            if isinstance(one, int) and not abs(one) <= MOST:
-                raise UserError(f"--{name}={one}: it must be at most {MOST}, as JAX counts")
-            if name in PATHS and one and isinstance(one, str):
-                expanded(one, f"--{name}")
-
-
-class Quick:
-    """A dataclass whose field `quick` changes others, as `QUICK` says; what is given stands.
-
-    Given are the keywords of the constructor, whatever their values; with `main` the flags
-    that stand on the command line.
-    """
-
-    QUICK: ClassVar[dict[str, Any]] = {}
-    quick: bool
-    _given: frozenset[str]
-
-    def __new__(cls, **given: Any):
-        self = super().__new__(cls)
-        object.__setattr__(self, "_given", frozenset(given))
-        return self
-
-    def apply_quick(self) -> None:
-        """To be called by `__post_init__`."""
-        if self.quick:
-            for name in self.QUICK.keys() - self._given:
-                object.__setattr__(self, name, self.QUICK[name])
 
 
 class _List(flags.ArgumentParser):
@@ -92,41 +38,29 @@ class _List(flags.ArgumentParser):
 
 class _Commas(flags.ArgumentSerializer):
     def serialize(self, value):
-        return ",".join(str(v) for v in value)
+        return listed(value)
 
 
 def define(config: type, values: flags.FlagValues = flags.FLAGS) -> None:
     """One flag for each field of the dataclass, of the field's type."""
-    hints = typing.get_type_hints(config)
-    for field in dataclasses.fields(config):
-        kind, default = _without_none(hints[field.name]), typing.cast(Any, field.default)
-        described, text = (field.name, default), field.metadata["help"]
-        # As flags of the program, not of this module: `--help` shows those.
-        where = {"flag_values": values, "module_name": sys.argv[0]}
-        if kind is bool:
-            flags.DEFINE_flag(flags.BooleanFlag(*described, text), **where)
-        elif typing.get_origin(kind) is tuple:
-            parser = _List(typing.get_args(kind)[0])
-            flags.DEFINE(parser, *described, text, serializer=_Commas(), **where)
+    # As flags of the program, not of this module: `--help` shows those.
+    where = {"flag_values": values, "module_name": sys.argv[0]}
+    for name, kind in kinds(config).items():
+        described = name, kind.default, about(config, name)["help"]
+        if kind.item is bool:
+            flags.DEFINE_flag(flags.BooleanFlag(*described), **where)
+        elif kind.several:
+            flags.DEFINE(_List(kind.item), *described, serializer=_Commas(), **where)
         else:
-            parser = {int: flags.IntegerParser, float: flags.FloatParser}.get(
-                kind, flags.ArgumentParser
-            )()
-            flags.DEFINE(
-                parser, *described, text, serializer=flags.ArgumentSerializer(), **where
-            )
-
-
-def _without_none(kind):
-    if typing.get_origin(kind) not in (types.UnionType, typing.Union):
-        return kind
-    return next(a for a in typing.get_args(kind) if a is not type(None))
+            parser = PARSERS.get(kind.item, flags.ArgumentParser)()
+            plain = flags.ArgumentSerializer()
+            flags.DEFINE(parser, *described, serializer=plain, **where)
 
 
 def given(config: type[C], values: flags.FlagValues = flags.FLAGS) -> C:
     """The config of the flags that stand on the command line."""
-    names = [f.name for f in dataclasses.fields(typing.cast(Any, config))]
-    return config(**{name: values[name].value for name in names if values[name].present})
+    names = [name for name in kinds(config) if values[name].present]
+    return config(**{name: values[name].value for name in names})
 
 
 def main(config: type[C], run: str | Callable[[C], Any]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import jax
 
 from bn_jax.errors import UserError
-from bn_jax.lab.config import Shared
+from bn_jax.lab.fields import Flags
 from bn_jax.lab.training.state import TrainState
 
 SERIES = 6  # of a record: loss and accuracy in training, in validation, in the test
@@ -33,11 +33,11 @@ def check_network(flags: str, state: TrainState, at_once: int = 1) -> None:
     _check(flags, size * at_once, stats.get("bytes_limit") or _memory())
 
 
-def check_records(config: Shared, runs: Iterable[tuple[int, int, int]]) -> None:
+def check_records(config: Flags, runs: Iterable[tuple[int, int, int]]) -> None:
     """Raises a UserError if what is measured of all the runs does not fit.
 
     Args:
-      config: with its steps.
+      config: with its steps and seeds.
       runs: (how many, steps, steps between evaluations) of each kind.
     """
     evaluations = sum(count * (steps // every + 1) for count, steps, every in runs)

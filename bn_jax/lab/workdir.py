@@ -21,7 +21,8 @@ import jax
 
 from bn_jax.errors import UserError
 from bn_jax.lab import lock
-from bn_jax.lab.config import Shared
+from bn_jax.lab.config import Output, Processes, Source, Workdir
+from bn_jax.lab.fields import kinds
 from bn_jax.lab.report import read_json, remove_unfinished, write_atomically
 from bn_jax.lab.training import distributed
 
@@ -33,8 +34,7 @@ OUTPUTS = (
 WHOLE = ("config.json", "summary.json", "report.html")
 LOCK = "lock"
 # Flags that say nothing of what is done.
-PLACE = ("workdir", "overwrite", "resume", "checkpoint_every", "coordinator",
-         "num_processes", "process_id")  # fmt: skip
+PLACE = (*kinds(Workdir), *kinds(Processes), "checkpoint_every")
 # Those that may differ where a run goes on.
 FREE = (
     *PLACE, "cache_dir", "data_dir", "tensorboard", "summary", "workers", "log_every",
@@ -184,7 +184,7 @@ def missing(folder: Path) -> Path | None:
 def write_config(folder: Path, config: Any, experiment: str, **more: Any) -> dict[str, Any]:
     """Writes `config.json`: every flag, the command, versions, devices, the git commit."""
     # First those that say what is trained, last those that all experiments share.
-    shared = {field.name for field in dataclasses.fields(Shared)}
+    shared = {**kinds(Source), **kinds(Processes), **kinds(Output)}.keys() - {"dataset"}
     flags = dict(sorted(dataclasses.asdict(config).items(), key=lambda f: f[0] in shared))
     content = {
         "experiment": experiment,

@@ -3,18 +3,17 @@
 import dataclasses
 import importlib
 import os
-import typing
 from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 
 from bn_jax.errors import UserError
-from bn_jax.lab import arms, comparison, flags, sizes
+from bn_jax.lab import arms, comparison, sizes
 from bn_jax.lab.data import load
 from bn_jax.lab.data.cache import default_cache_dir
 from bn_jax.lab.data.tfds import resolve_data_dir
-from bn_jax.lab.flags import PATHS
+from bn_jax.lab.fields import PATHS, kinds
 from bn_jax.lab.training.state import TrainState
 from experiments import correctness
 
@@ -37,12 +36,8 @@ NEEDED = {"model": "module:name", "checkpoint": "there", "inputs": "x.npy", "out
 def fields():
     """Module, name, type, and whether it is a list, of every flag."""
     for module in MODULES:
-        config = importlib.import_module(module).Config
-        hints = typing.get_type_hints(config)
-        for field in dataclasses.fields(config):
-            kind = flags._without_none(hints[field.name])
-            several = typing.get_origin(kind) is tuple
-            yield module, field.name, typing.get_args(kind)[0] if several else kind, several
+        for name, kind in kinds(importlib.import_module(module).Config).items():
+            yield module, name, kind.item, kind.several
 
 
 FIELDS = [*fields()]

@@ -8,7 +8,7 @@ import pytest
 from absl import flags as absl_flags
 
 from bn_jax.lab import comparison, flags, workdir
-from bn_jax.lab.flags import flag
+from bn_jax.lab.fields import flag
 from experiments import circles
 
 
@@ -106,15 +106,12 @@ import dataclasses
 from absl import logging
 from bn_jax.errors import UserError
 from bn_jax.lab import flags
+from bn_jax.lab.fields import Flags, flag
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    do: str = flags.flag("", "what to do")
-    count: int = flags.flag(1, "how often")
-
-    def __post_init__(self):
-        if self.count < 1:
-            raise UserError(f"--count={self.count}: it must be at least 1")
+class Config(Flags):
+    do: str = flag("", "what to do")
+    count: int = flag(1, "how often", at_least=1)
 
 def run(config):
     exec(config.do)

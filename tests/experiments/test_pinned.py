@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from bn_jax.lab import report
+from bn_jax.lab.fields import kinds
 
 NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
 PINNED = Path(__file__).with_name("pinned")
@@ -22,7 +23,7 @@ EXPERIMENTS = sorted(folder.name for folder in PINNED.iterdir())
 def run(name, workdir):
     module = importlib.import_module(f"experiments.{name}")
     flags = report.read_json(PINNED / name / "config.json")["flags"] | {"workdir": str(workdir)}
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()}
+    given = {k: v for k, v in flags.items() if k in kinds(module.Config)}
     return json.loads(json.dumps(module.run(module.Config(**given))))
 
 

@@ -12,13 +12,13 @@ from typing import Any
 from zipfile import BadZipFile
 
 from bn_jax.errors import UserError
-from bn_jax.lab.flags import check_values, flag
+from bn_jax.lab.fields import Flags, flag
 
 NO_ARRAY = "is not an array that numpy.save wrote"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Flags):
     """The flags of every tool."""
 
     model: str = flag(
@@ -29,8 +29,9 @@ class Config:
     train: str = flag("train=True", "what the call says in training, such as a=1,b=False")
     evaluate: str = flag("train=False", "what the call says at inference")
 
-    def __post_init__(self):
-        check_values(self)
+    def check(self) -> None:
+        """Raises a UserError for a flag that makes no sense."""
+        super().check()
         for name in ("model", "checkpoint", "inputs"):
             if not getattr(self, name):
                 raise UserError(f"--{name} is missing: see --help")
@@ -44,8 +45,9 @@ class WritingConfig(Config):
 
     out: str = flag("", "folder for the new checkpoint; it must not be there yet")
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check(self) -> None:
+        """Raises a UserError for a flag that makes no sense."""
+        super().check()
         folder = Path(self.out).expanduser().absolute()
         if not self.out or os.path.lexists(folder):
             raise UserError(f"--out={self.out}: name a folder that is not there yet")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from bn_jax.errors import UserError
 from bn_jax.lab import flags
-from bn_jax.lab.flags import flag
+from bn_jax.lab.fields import flag
 from bn_jax.lab.tools import checkpoint
 
 if TYPE_CHECKING:

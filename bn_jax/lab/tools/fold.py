@@ -11,7 +11,7 @@ import dataclasses
 from typing import Any
 
 from bn_jax.lab import flags
-from bn_jax.lab.flags import flag
+from bn_jax.lab.fields import flag
 from bn_jax.lab.tools import checkpoint
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from bn_jax.errors import UserError
 from bn_jax.lab import flags
-from bn_jax.lab.flags import flag
+from bn_jax.lab.fields import flag
 from bn_jax.lab.tools import checkpoint
 
 
@@ -18,7 +18,7 @@ from bn_jax.lab.tools import checkpoint
 class Config(checkpoint.WritingConfig):
     """Every flag of the tool; see `python -m bn_jax.lab.tools.recalibrate --help`."""
 
-    batch_size: int = flag(500, "inputs that are normalised together")
+    batch_size: int = flag(500, "inputs that are normalised together", at_least=1)
     layer_by_layer: bool = flag(
         False, "each layer as it will be used, after recalibrated ones; a pass for each"
     )
@@ -26,13 +26,12 @@ class Config(checkpoint.WritingConfig):
     skip_nonfinite: bool = flag(False, "leave out batches whose moments are not finite")
     rngs: str = flag("", "seeds of a Linen model's random numbers, such as dropout=0")
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check(self) -> None:
+        """Raises a UserError for a flag that makes no sense."""
+        super().check()
         seeds = checkpoint.keywords("rngs", self.rngs).values()
         if not all(isinstance(seed, int) for seed in seeds):
             raise UserError(f"--rngs={self.rngs}: write seeds, as in dropout=0")
-        if self.batch_size < 1:
-            raise UserError(f"--batch_size={self.batch_size}: it must be at least 1")
 
 
 def run(config: Config) -> Any:
