@@ -153,9 +153,9 @@ def ours(dataset: Dataset, arm: str, config: Config, turn: int) -> Outcome:
     budget = Budget(steps=config.epochs * per_epoch, eval_every=per_epoch)
     chosen = range(turn * config.seeds, (turn + 1) * config.seeds)
     records = [r for rs in sweep(run, dataset, points, chosen, budget) for r in rs]
-    final = [r["test_accuracy"][-1] for r in records if r["learning_rate"] == 0.01]
+    final = [r.final() for r in records if r.learning_rate == 0.01]
     # Every record has that of the whole sweep, which compiles once.
-    return Outcome(statistics.median(final), records[0]["seconds"]["compilation"])
+    return Outcome(statistics.median(final), records[0].seconds.compilation)
 
 
 class Jitted(NamedTuple):

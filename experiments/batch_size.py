@@ -27,13 +27,16 @@ if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
     from bn_jax.core.renorm import ramp
     from bn_jax.lab import crossed
     from bn_jax.lab.arms import ALONE, Arm, chosen_arms, norm_arms
-    from bn_jax.lab.experiment import Record, Training, run_experiment
+    from bn_jax.lab.experiment import Training, run_experiment
     from bn_jax.lab.findings import Findings, Published
+    from bn_jax.lab.report.tables import Table
     from bn_jax.lab.report.text import number, whole
-    from bn_jax.lab.sweeps import Point
+    from bn_jax.lab.statistics import Record
+    from bn_jax.lab.statistics.convergence import estimate
     from bn_jax.lab.watchers import Weights
     from bn_jax.linen import BatchRenorm, GhostBatchNorm
     from experiments import batch_size_figure as figure
+    from experiments.batch_size_figure import Combination
 
 EXPERIMENT = "batch_size"
 QUESTION = "What do accuracy and speed do from batches of 1 to batches of 1,024?"
@@ -172,70 +175,65 @@ def conclude(training: Training[Config], weights: dict) -> Findings:
     best = crossed.best_runs(training.records)
     found = {cell: best.get(cell.name) for cell in cells(training.config)}
     combinations = [combination(training, weights, *item) for item in found.items()]
-    accuracies = {c: [crossed.final(r) for r in runs] for c, runs in found.items() if runs}
+    accuracies = {c: [r.final() for r in runs] for c, runs in found.items() if runs}
     summary = {
         "examples": training.config.steps * training.config.batch_size,
-        "combinations": combinations,
-        "tables": [table(combinations)],
+        "combinations": [c.to_json() for c in combinations],
     }
     figures = [
         ("accuracy.png", figure.ACCURACY, figure.accuracy_against_batch(combinations)),
         ("speed.png", figure.SPEED, figure.speed_against_batch(combinations)),
     ]
-    if any(c["batch_statistics"] for c in combinations):
+    if any(c.batch_statistics for c in combinations):
         drawn = figure.two_evaluations(combinations)
         figures.append(("statistics.png", figure.STATISTICS, drawn))
-    return Findings(summary, [*rows(accuracies)], figures)
+    return Findings(summary, [table(combinations)], [*rows(accuracies)], figures)
 
 
 def combination(
     training: Training[Config], weights: dict, cell: Cell, runs: list[Record] | None
-) -> dict[str, Any]:
-    """One as `summary.json` has it; `runs` are those of its best point, None if refused."""
+) -> Combination:
+    """Measures one; `runs` are those of its best point, None if refused."""
     if runs is None:
-        return {**cell._asdict(), "refused": True, "batch_statistics": None}
-    keys = [(cell.name, Point.of(r), r["seed"]) for r in runs]
+        return Combination(*cell)
+    keys = [r.run for r in runs]
     in_batches = None
     if has_statistics(cell.norm):
         test = training.dataset.test
         accuracy = crossed.accuracy(training, cell.name, test, cell.batch_size)
-        in_batches = crossed.estimate([float(accuracy(weights[key])) for key in keys])
-    return {
-        **cell._asdict(),
-        "refused": False,
-        "learning_rate": runs[0]["learning_rate"],
-        "momentum": runs[0]["momentum"],
-        "seeds": len(runs),
-        "diverged": sum(r["diverged_at"] is not None for r in runs),
-        "test_accuracy": crossed.estimate([crossed.final(r) for r in runs]),
-        "batch_statistics": in_batches,
-        "examples_per_second": cell.batch_size / runs[0]["seconds"]["per_step"],
-    }
+        in_batches = estimate([float(accuracy(weights[key])) for key in keys])
+    return Combination(
+        *cell,
+        learning_rate=runs[0].learning_rate,
+        momentum=runs[0].momentum,
+        seeds=len(runs),
+        diverged=sum(r.diverged_at is not None for r in runs),
+        test_accuracy=estimate([r.final() for r in runs]),
+        batch_statistics=in_batches,
+        examples_per_second=cell.batch_size / runs[0].seconds.per_step,
+    )
 
 
-def table(combinations: list[dict]) -> dict[str, Any]:
+def table(combinations: list[Combination]) -> Table:
     """A row for every combination."""
 
     def cells(c):
-        if c["refused"]:
+        if c.refused:
             return ["refused", "", "", "", ""]
-        momentum = "" if c["momentum"] is None else number(c["momentum"])
         return [
-            number(c["learning_rate"]),
-            momentum,
-            crossed.percent_cell(c["test_accuracy"]),
-            crossed.percent_cell(c["batch_statistics"]),
-            whole(c["examples_per_second"]),
+            number(c.learning_rate),
+            "" if c.momentum is None else number(c.momentum),
+            crossed.percent_cell(c.test_accuracy),
+            crossed.percent_cell(c.batch_statistics),
+            whole(c.examples_per_second),
         ]
 
-    return {
-        "title": "Test accuracy and speed at every batch size, at the best learning rate",
-        "header": [
-            "norm", "batch size", "learning rate", "momentum", "test (%)",
-            "with batch statistics (%)", "examples per second",
-        ],
-        "rows": [[c["norm"], str(c["batch_size"]), *cells(c)] for c in combinations],
-    }  # fmt: skip
+    columns = "norm, batch size, learning rate, momentum, test (%), with batch statistics (%), "
+    return Table(
+        "Test accuracy and speed at every batch size, at the best learning rate",
+        (columns + "examples per second").split(", "),
+        [[c.norm, str(c.batch_size), *cells(c)] for c in combinations],
+    )
 
 
 def rows(accuracies: dict[Cell, list[float]]) -> Iterator[Published]:
@@ -248,11 +246,12 @@ def rows(accuracies: dict[Cell, list[float]]) -> Iterator[Published]:
         large_cell, small_cell = Cell(norm, LARGE), Cell(norm, SMALL)
         if large_cell in accuracies and small_cell in accuracies:
             rise = crossed.difference(accuracies[large_cell], accuracies[small_cell])
+            middle, low, _ = crossed.known(rise)
             yield Published(
                 quantity=f"{norm}: error with batches of {SMALL} less that of {LARGE}",
                 here=crossed.points_text(rise),
                 source=f"{small - large:+.1f} (Wu & He 2018, table 2)",
-                agrees=rise["ci95"][0] > 0 if norm == "bn" else rise["median"] <= FLAT,
+                agrees=low > 0 if norm == "bn" else middle <= FLAT,
             )
     renorm, plain = Cell("renorm", IOFFE_SIZE), Cell("bn", IOFFE_SIZE)
     if renorm in accuracies and plain in accuracies:
@@ -261,7 +260,7 @@ def rows(accuracies: dict[Cell, list[float]]) -> Iterator[Published]:
             quantity=f"accuracy of renorm less that of bn, batches of {IOFFE_SIZE}",
             here=crossed.points_text(gain),
             source=f"{IOFFE['renorm'] - IOFFE['bn']:+.1f} (Ioffe 2017, section 4)",
-            agrees=gain["ci95"][0] > 0,
+            agrees=crossed.known(gain)[1] > 0,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from bn_jax.lab.crossed import draw_percent
@@ -15,6 +16,7 @@ from bn_jax.lab.report.plotting import (
     tidy,
 )
 from bn_jax.lab.report.text import whole
+from bn_jax.lab.statistics.convergence import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,16 +39,44 @@ STATISTICS = (
 )
 
 
-def accuracy_against_batch(combinations: list[dict]) -> Figure:
-    """A line for each norm.
+@dataclasses.dataclass(frozen=True)
+class Combination:
+    """A norm at a batch size, at its best point; without runs where the norm refuses it.
 
-    Args:
-      combinations: with `norm`, `batch_size`, `refused`, and where not refused an estimate
-        (`median`, `ci95`) of `test_accuracy` and of `batch_statistics` (or None), and
-        `examples_per_second`.
+    Attributes:
+      test_accuracy: with running statistics, at the last step.
+      batch_statistics: the same with those of batches; None for a norm without statistics.
     """
+
+    norm: str
+    batch_size: int
+    learning_rate: float = 0.0
+    momentum: float | None = None
+    seeds: int = 0
+    diverged: int = 0
+    test_accuracy: Estimate | None = None
+    batch_statistics: Estimate | None = None
+    examples_per_second: float = 0.0
+
+    @property
+    def refused(self) -> bool:
+        """Whether there are no runs."""
+        return not self.seeds
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns an entry of `combinations` of `summary.json`."""
+        cell = {"norm": self.norm, "batch_size": self.batch_size, "refused": self.refused}
+        if self.refused:
+            return cell | {"batch_statistics": None}
+        batches = self.batch_statistics and self.batch_statistics.to_json()
+        tested = self.test_accuracy and self.test_accuracy.to_json()
+        return cell | vars(self) | {"test_accuracy": tested, "batch_statistics": batches}
+
+
+def accuracy_against_batch(combinations: list[Combination]) -> Figure:
+    """A line for each norm."""
     figure = new_figure(height=3.9)
-    refused = [c for c in combinations if c["refused"]]
+    refused = [c for c in combinations if c.refused]
     if refused:
         ax, strip = figure.subplots(2, 1, sharex=True, height_ratios=(1, 0.12))
         _refused(strip, refused, _styles(combinations))
@@ -62,25 +92,25 @@ def accuracy_against_batch(combinations: list[dict]) -> Figure:
     return figure
 
 
-def speed_against_batch(combinations: list[dict]) -> Figure:
-    """A line for each norm, both axes logarithmic; `combinations` as above."""
+def speed_against_batch(combinations: list[Combination]) -> Figure:
+    """A line for each norm, both axes logarithmic."""
     figure = new_figure(height=3.6)
     ax = figure.subplots()
     for norm, style in _styles(combinations).items():
         own = _of(combinations, norm)
-        speeds = [c["examples_per_second"] for c in own]
-        ax.plot([c["batch_size"] for c in own], speeds, label=norm, **style.line())
-    _speed_axis(ax, [c["examples_per_second"] for c in combinations if not c["refused"]])
+        speeds = [c.examples_per_second for c in own]
+        ax.plot([c.batch_size for c in own], speeds, label=norm, **style.line())
+    _speed_axis(ax, [c.examples_per_second for c in combinations if not c.refused])
     tidy(ax, ylabel="examples per second")
     _batch_axis(ax, combinations)
     add_legend(figure, ax)
     return figure
 
 
-def two_evaluations(combinations: list[dict]) -> Figure:
-    """A panel for each norm that has running statistics; `combinations` as above."""
+def two_evaluations(combinations: list[Combination]) -> Figure:
+    """A panel for each norm that has running statistics."""
     styles = _styles(combinations)
-    norms = list(dict.fromkeys(c["norm"] for c in combinations if c["batch_statistics"]))
+    norms = list(dict.fromkeys(c.norm for c in combinations if c.batch_statistics))
     figure = new_figure(width=1.2 + 2.6 * len(norms), height=3.3)
     panels = figure.subplots(1, len(norms), sharey=True, squeeze=False)[0]
     for ax, norm in zip(panels, norms, strict=True):
@@ -95,27 +125,27 @@ def two_evaluations(combinations: list[dict]) -> Figure:
     return figure
 
 
-def _styles(combinations: list[dict]) -> dict[str, Style]:
-    norms = dict.fromkeys(c["norm"] for c in combinations)
+def _styles(combinations: list[Combination]) -> dict[str, Style]:
+    norms = dict.fromkeys(c.norm for c in combinations)
     return arm_styles(norms)
 
 
-def _of(combinations: list[dict], norm: str) -> list[dict]:
+def _of(combinations: list[Combination], norm: str) -> list[Combination]:
     """Those of the norm, by batch size, without the refused."""
-    own = [c for c in combinations if c["norm"] == norm and not c["refused"]]
-    return sorted(own, key=lambda c: c["batch_size"])
+    own = [c for c in combinations if c.norm == norm and not c.refused]
+    return sorted(own, key=lambda c: c.batch_size)
 
 
-def _draw(ax: Axes, own: list[dict], measure: str, **look: Any) -> None:
-    draw_percent(ax, [c["batch_size"] for c in own], [c[measure] for c in own], **look)
+def _draw(ax: Axes, own: list[Combination], measure: str, **look: Any) -> None:
+    draw_percent(ax, [c.batch_size for c in own], [getattr(c, measure) for c in own], **look)
 
 
-def _refused(strip: Axes, refused: list[dict], styles: dict[str, Style]) -> None:
-    norms = list(dict.fromkeys(c["norm"] for c in refused))
+def _refused(strip: Axes, refused: list[Combination], styles: dict[str, Style]) -> None:
+    norms = list(dict.fromkeys(c.norm for c in refused))
     for c in refused:
-        style, row = styles[c["norm"]], -norms.index(c["norm"])
+        style, row = styles[c.norm], -norms.index(c.norm)
         strip.plot(
-            [c["batch_size"]], [row], style.marker, color=style.color, markerfacecolor="white"
+            [c.batch_size], [row], style.marker, color=style.color, markerfacecolor="white"
         )
     strip.set_facecolor("#f0f0f0")
     strip.set_ylim(-len(norms), 1)
@@ -135,8 +165,8 @@ def _speed_axis(ax: Axes, speeds: list[float]) -> None:
     ax.minorticks_off()
 
 
-def _batch_axis(ax: Axes, combinations: list[dict]) -> None:
-    sizes = sorted({c["batch_size"] for c in combinations})
+def _batch_axis(ax: Axes, combinations: list[Combination]) -> None:
+    sizes = sorted({c.batch_size for c in combinations})
     ax.set_xscale("log", base=2)
     ax.set_xlim(sizes[0] / 1.4, sizes[-1] * 1.4)
     shown = sizes if len(sizes) < 8 else sizes[::2]

@@ -29,9 +29,10 @@ if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
 
     from bn_jax.lab import comparison
     from bn_jax.lab.arms import Arm, norm_arms
-    from bn_jax.lab.experiment import Record, Training, parameter_counts
+    from bn_jax.lab.experiment import Training, parameter_counts
     from bn_jax.lab.findings import Findings, Published
     from bn_jax.lab.report.plotting import Style, add_legend, arm_styles, new_figure, tidy
+    from bn_jax.lab.statistics import Record
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -165,8 +166,8 @@ def counts(training: Training[Config]) -> Iterator[Published]:
 def accuracies(training: Training[Config]) -> Iterator[Published]:
     """Best accuracy of every arm on the test set, and its epochs."""
     config = training.config
-    for arm in training.summary["arms"]:
-        name, best = arm["arm"], arm["max_accuracy"]["median"]
+    for arm in training.summary.arms:
+        name, best = arm.arm, arm.max_accuracy.median
         source = PUBLISHED.get((config.network, name))
         yield Published(
             quantity=f"{name}: best test accuracy",
@@ -187,9 +188,9 @@ def times(training: Training[Config]) -> Iterator[Published]:
     """Training time of an epoch; published is that BatchNorm in b takes about as long."""
     low, high = SAME_TIME
     seconds = {
-        arm["arm"]: training.config.eval_every
-        * statistics.median(r["seconds"]["per_step"] for r in training.at(arm))
-        for arm in training.summary["arms"]
+        arm.arm: training.config.eval_every
+        * statistics.median(r.seconds.per_step for r in training.at(arm))
+        for arm in training.summary.arms
     }
     base = seconds[training.config.arms[0]]
     for name, value in seconds.items():
@@ -220,15 +221,19 @@ def _near(best, source):
 def _epochs(training, arm):
     """Medians over the runs: the last epoch, and the one of the best validation accuracy."""
     runs = training.at(arm)
-    lasts = [r["steps"][-1] if r["stopped_at"] is None else r["stopped_at"] for r in runs]
+    lasts = [_last(r) for r in runs]
     bests = [_best_step(r) for r in runs]
     per_epoch = training.config.eval_every
     return statistics.median(lasts) / per_epoch, statistics.median(bests) / per_epoch
 
 
-def _best_step(record):
-    accuracies = [a or 0.0 for a in record["validation_accuracy"]]
-    return record["steps"][accuracies.index(max(accuracies))]
+def _last(run: Record) -> int:
+    return run.steps[-1] if run.stopped_at is None else run.stopped_at
+
+
+def _best_step(run: Record) -> int:
+    accuracies = [a or 0.0 for a in run.validation_accuracy]
+    return run.steps[accuracies.index(max(accuracies))]
 
 
 def epoch_curves(training: Training[Config]) -> Figure:
@@ -236,8 +241,8 @@ def epoch_curves(training: Training[Config]) -> Figure:
     figure = new_figure(height=5.4)
     panels = figure.subplots(2, 2, sharex="col", sharey="row")
     styles, per_epoch = arm_styles(training.runs), training.config.eval_every
-    for arm in training.summary["arms"]:
-        name = arm["arm"]
+    for arm in training.summary.arms:
+        name = arm.arm
         for i, run in enumerate(training.at(arm)):
             _draw_run(panels, run, per_epoch, styles[name], name if i == 0 else None)
     for row, label in zip(panels, ("cross-entropy (nats)", "accuracy (%)"), strict=True):
@@ -256,14 +261,13 @@ def _draw_run(
     panels: np.ndarray, run: Record, steps_per_epoch: int, style: Style, name: str | None
 ) -> None:
     """One run in all four panels; in the legend if it has a name."""
-    end = run["steps"][-1] if run["stopped_at"] is None else run["stopped_at"]
-    steps = np.array([s for s in run["steps"] if 0 < s <= end], float)
+    steps = np.array([s for s in run.steps if 0 < s <= _last(run)], float)
     shown = slice(1, 1 + len(steps))
-    axes_x = (steps / steps_per_epoch, steps * run["seconds"]["per_step"])
+    axes_x = (steps / steps_per_epoch, steps * run.seconds.per_step)
     for row, metric, factor in zip(panels, ("loss", "accuracy"), (1, 100), strict=True):
         for ax, x in zip(row, axes_x, strict=True):
             for split in ("validation", "train"):
-                y = factor * np.array(run[f"{split}_{metric}"][shown], float)
+                y = factor * np.array(getattr(run, f"{split}_{metric}")[shown], float)
                 _draw(ax, x, y, style, split, name)
 
 

@@ -30,18 +30,19 @@ from bn_jax.lab.config import Config as CompareConfig
 from bn_jax.lab.fields import fixed, flag
 
 if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
-    from bn_jax.lab import crossed
     from bn_jax.lab.arms import Arm, chosen_arms
-    from bn_jax.lab.experiment import Record, Training, run_experiment
+    from bn_jax.lab.experiment import Training, run_experiment
     from bn_jax.lab.findings import Findings, Published
-    from bn_jax.lab.report.comparison import Comparison
+    from bn_jax.lab.report.comparison import Outcome
     from bn_jax.lab.report.figures import learning_curves
-    from bn_jax.lab.statistics import summarize
-    from bn_jax.lab.statistics.convergence import mean_interval
+    from bn_jax.lab.statistics import ArmResult, Record, summarize
+    from bn_jax.lab.statistics.convergence import Estimate, estimate, mean_interval
     from bn_jax.linen import BatchNorm, GhostBatchNorm
     from experiments import cifar_speedrun_figure as figure
     from experiments import cifar_speedrun_recipe as recipe
+    from experiments.cifar_speedrun_figure import Measured
 
+ENTRIES = ("budget_steps", "target", "by_point")  # of a comparison without a baseline
 EXPERIMENT = "cifar_speedrun"
 QUESTION = "What does BatchNorm do for a network that learns CIFAR-10 in seconds?"
 EPSILON = 1e-12
@@ -150,70 +151,66 @@ def arms(config: Config) -> dict[str, Arm]:
 def conclude(training: Training[Config]) -> Findings:
     """Accuracy, epochs and seconds of every arm at its best point, beside the source's."""
     config, records = training.config, training.records
-    whole = summarize(records, baseline=records[0]["arm"], target=config.target)
-    summary = {key: whole[key] for key in ("budget_steps", "target", "by_point")}
-    summary["arms"] = [measured(training, arm) for arm in whole["arms"]]
-    summary["tables"] = [figure.table(summary)]
-    curves = learning_curves(records, Comparison.of(summary))
-    figures = [
-        ("accuracy.png", figure.CAPTION, figure.accuracies(summary)),
-        ("learning_curves.png", figure.CURVES, curves),
-    ]
-    return Findings(summary, [*rows(config, summary["arms"])], figures)
-
-
-def measured(training: Training[Config], arm: dict[str, Any]) -> dict[str, Any]:
-    """The arm of the summary with every run's accuracy, their mean, epochs."""
-    config, runs = training.config, training.at(arm)
-    accuracies = [crossed.final(r) for r in runs]
-    epoch = recipe.per_epoch(config, training.dataset)
-    needed = arm["steps_to_target"]
-    return arm | {
-        "accuracies": accuracies,
-        "mean_accuracy": mean(accuracies),
-        "epochs": config.steps / epoch,
-        "epochs_to_target": {
-            "median": divided(needed["median"], epoch),
-            "ci95": [divided(end, epoch) for end in needed["ci95"]],
-        },
-        "run_seconds": crossed.estimate([run_seconds(r) for r in runs]),
+    whole = summarize(records, baseline=records[0].arm, target=config.target)
+    arms = [measured(training, arm) for arm in whole.arms]
+    summary = {
+        k: v for k, v in whole.to_json().items() if k in ("budget_steps", "target", "by_point")
     }
+    curves = learning_curves(records, Outcome(**vars(whole)))
+    target = whole.target.value
+    return Findings(
+        summary | {"arms": [arm.to_json() for arm in arms]},
+        [figure.table(arms, target)],
+        [*rows(config, arms)],
+        [
+            ("accuracy.png", figure.CAPTION, figure.accuracies(arms, target)),
+            ("learning_curves.png", figure.CURVES, curves),
+        ],
+    )
+
+
+def measured(training: Training[Config], arm: ArmResult) -> Measured:
+    """Returns the arm with every run's accuracy, their mean, epochs and seconds."""
+    config, runs = training.config, training.at(arm)
+    accuracies = [r.final() for r in runs]
+    low, high = mean_interval(accuracies)
+    epoch = recipe.per_epoch(config, training.dataset)
+    needed, *ends = (
+        v and v / epoch for v in (arm.steps_to_target.median, *arm.steps_to_target.ci95)
+    )
+    return Measured(
+        arm,
+        accuracies,
+        Estimate(statistics.fmean(accuracies), (low, high), len(runs)),
+        config.steps / epoch,
+        Estimate(needed, (ends[0], ends[1]), len(runs)),
+        estimate([run_seconds(r) for r in runs]),
+    )
 
 
 def run_seconds(record: Record) -> float:
     """Of training and of one evaluation, the last as it were."""
-    seconds = record["seconds"]
-    return seconds["training"] + seconds["evaluation"] / len(record["steps"])
+    return record.seconds.training + record.seconds.evaluation / len(record.steps)
 
 
-def mean(values: list[float]) -> dict[str, Any]:
-    """Their `mean` and its `ci95`."""
-    return {"mean": statistics.fmean(values), "ci95": mean_interval(values)}
-
-
-def divided(steps: float | None, epoch: int) -> float | None:
-    """In epochs; None for never."""
-    return None if steps is None else steps / epoch
-
-
-def rows(config: Config, found: list[dict]) -> Iterator[Published]:
+def rows(config: Config, found: list[Measured]) -> Iterator[Published]:
     """The recipe beside the source: mean accuracy, epochs, seconds (of another machine).
 
     These are of training and the last evaluation.
     """
     for arm in found:
-        if arm["arm"] != "bn":
+        value, seconds = arm.mean_accuracy.median, arm.run_seconds.median
+        if arm.result.arm != "bn" or value is None or seconds is None:
             continue
-        value, seconds = arm["mean_accuracy"]["mean"], arm["run_seconds"]["median"]
         yield Published(
-            quantity=f"bn: test accuracy, mean of {arm['seeds']} runs",
+            quantity=f"bn: test accuracy, mean of {arm.result.seeds} runs",
             here=f"{value:.2%}" + ("" if config.is_whole else f" ({config.dataset})"),
             source=f"{PUBLISHED:.2%} (1,000 runs)",
             agrees=abs(value - PUBLISHED) <= POINTS if config.is_whole else None,
         )
         yield Published(
             quantity="bn: epochs of a run",
-            here=f"{arm['epochs']:.1f}",
+            here=f"{arm.epochs:.1f}",
             source=f"{PUBLISHED_EPOCHS}",
             claim=False,
         )

@@ -32,7 +32,7 @@ if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
     from bn_jax.lab.findings import Findings, Published
     from bn_jax.lab.report.plotting import SMALL, add_legend, new_figure
     from bn_jax.lab.report.text import in_line
-    from bn_jax.lab.sweeps import Point
+    from bn_jax.lab.statistics.convergence import Estimate
     from bn_jax.lab.watchers import Weights
     from bn_jax.linen import BatchNorm
 if TYPE_CHECKING:
@@ -130,14 +130,16 @@ def rows(training: Training[Config]) -> Iterator[Published]:
     summary, judged = training.summary, training.config.is_whole
     per_epoch = training.dataset.train.labels.size // training.config.batch_size
     medians = {
-        a["arm"]: [v and v / per_epoch for v in _numbers(a["steps_to_target"])]
-        for a in summary["arms"]
+        a.arm: [
+            v and v / per_epoch for v in (a.steps_to_target.median, *a.steps_to_target.ci95)
+        ]
+        for a in summary.arms
     }
-    for arm in summary["arms"]:
-        name, published = arm["arm"], ACCURACIES.get(arm["arm"])
-        own = [r for r in training.records if r["arm"] == name]
+    for arm in summary.arms:
+        name, published = arm.arm, ACCURACIES.get(arm.arm)
+        own = [r for r in training.records if r.arm == name]
         final = [
-            statistics.median(r[f"{split}_accuracy"][-1] or 0.0 for r in own)
+            statistics.median(r.final(f"{split}_accuracy") for r in own)
             for split in ("validation", "test")
         ]
         yield Published(
@@ -147,7 +149,7 @@ def rows(training: Training[Config]) -> Iterator[Published]:
             _near(final, published) if judged and published else None,
         )
         yield Published(
-            f"{name}: epochs to {summary['target']['value']:.0%}",
+            f"{name}: epochs to {summary.target.value:.0%}",
             _epochs(medians[name], arm),
             EPOCHS.get(name),
             _as_published(name, medians) if judged else None,
@@ -174,10 +176,6 @@ def _as_published(name, medians):
     return None if without is None else high >= without
 
 
-def _numbers(estimate):
-    return estimate["median"], *(estimate["ci95"] or (None, None))
-
-
 def _pair(values):
     return " / ".join(f"{v:.3f}".lstrip("0") for v in values)
 
@@ -185,8 +183,8 @@ def _pair(values):
 def _epochs(numbers, arm):
     median, *ends = numbers
     if median is None:
-        return f"not reached ({arm['reached']} of {arm['seeds']} runs)"
-    return in_line({"median": median, "ci95": ends}, "{:.0f}".format, arm["seeds"])
+        return f"not reached ({arm.count} runs)"
+    return in_line(Estimate(median, (ends[0], ends[1]), arm.seeds), "{:.0f}".format)
 
 
 def regions(training: Training[Config], weights: dict) -> tuple[str, str, Figure]:
@@ -197,8 +195,8 @@ def regions(training: Training[Config], weights: dict) -> tuple[str, str, Figure
     side = np.linspace(-1.6, 1.6, 160, dtype=np.float32)
     plane = np.stack(np.meshgrid(side, side), -1).reshape(-1, 2)
     maps, dataset = {}, training.dataset
-    for arm in training.summary["arms"]:
-        name, point = arm["arm"], Point.of(arm)
+    for arm in training.summary.arms:
+        name, point = arm.arm, arm.point
         model = training.model(name, point)
         predict = jax.jit(functools.partial(model.apply, train=False))
         variables = weights[name, point, training.config.seed]

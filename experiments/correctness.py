@@ -18,7 +18,6 @@ from bn_jax.lab.fields import flag
 
 if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
     from bn_jax.lab import report, workdir
-    from bn_jax.lab.experiment import Record
     from bn_jax.lab.progress import Progress
     from bn_jax.lab.report.page import render, write_json
     from bn_jax.lab.report.terminal import print_table
@@ -74,7 +73,7 @@ def write(config: Config, summary: dict, settings: dict, folder: Path) -> None:
     print(folder / "report.html")
 
 
-def ask(path: Path) -> list[Record]:
+def ask(path: Path) -> list[dict[str, Any]]:
     """Every framework's answers; each is in the file at `path` as soon as it is there.
 
     Those that an earlier start left there stay.
@@ -96,7 +95,7 @@ def ask(path: Path) -> list[Record]:
     return records
 
 
-def summarize(records: list[Record]) -> dict[str, Any]:
+def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
     """The cases with everybody's answers, and how many of them each framework gets right."""
     answers = {}
     for record in records:

@@ -30,7 +30,7 @@ if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
     from bn_jax.lab.arms import Arm, norm_arms
     from bn_jax.lab.experiment import Training
     from bn_jax.lab.findings import Findings, Published
-    from bn_jax.lab.sweeps import Point
+    from bn_jax.lab.statistics import ArmResult, Summary
     from bn_jax.lab.sweeps.timing import interleave, median_ratio
     from bn_jax.lab.watchers import Weights
     from bn_jax.linen import BatchNorm
@@ -115,14 +115,14 @@ def conclude(training: Training[Config], weights: dict) -> Findings:
     """Time of an epoch in every arm, and of prediction with the best BatchNorm folded."""
     published, best = [*times(training)], best_normed(training.summary)
     if best:
-        published += predictions(training, best["arm"], folded(training, weights, best))
+        published += predictions(training, best.arm, folded(training, weights, best))
     return Findings(published=published)
 
 
-def best_normed(summary: dict) -> dict | None:
+def best_normed(summary: Summary) -> ArmResult | None:
     """The arm with BatchNorm that is most accurate; None where there is none."""
-    normed = [arm for arm in summary["arms"] if arm["momentum"] is not None]
-    return max(normed, key=lambda arm: arm["max_accuracy"]["median"], default=None)
+    normed = [arm for arm in summary.arms if arm.momentum is not None]
+    return max(normed, key=lambda arm: arm.max_accuracy.median or 0, default=None)
 
 
 def times(training: Training[Config]) -> Iterator[Published]:
@@ -130,14 +130,13 @@ def times(training: Training[Config]) -> Iterator[Published]:
     steps = training.dataset.train.labels.size / training.config.batch_size
     seconds = {
         name: steps
-        * statistics.median(
-            r["seconds"]["per_step"] for r in training.records if r["arm"] == name
-        )
+        * statistics.median(r.seconds.per_step for r in training.records if r.arm == name)
         for name in training.runs
     }
     for name, value in seconds.items():
         without = seconds.get("none_elu" if name.endswith("_elu") else "none")
         normed = name.startswith("bn_") and without is not None
+        without = without or value
         yield Published(
             quantity=f"{name}: seconds per epoch",
             here=f"{value:.3g}" + (f", {value / without:.2f} times none" if normed else ""),
@@ -152,9 +151,9 @@ def is_whole(training: Training[Config]) -> bool:
     return training.config.features == (300, 100) and shape == (28, 28, 1)
 
 
-def folded(training: Training[Config], weights: dict, arm: dict) -> list[Prediction]:
+def folded(training: Training[Config], weights: dict, arm: ArmResult) -> list[Prediction]:
     """Predictions with the arm's network of the first seed, at every size of batch."""
-    name, point = arm["arm"], Point.of(arm)
+    name, point = arm.arm, arm.point
     model, variables = training.model(name, point), weights[name, point, training.config.seed]
     inputs = training.runs[name].scaled(training.dataset.test.inputs[: max(BATCHES)])
     return [predict_folded(model, variables, inputs[:size]) for size in BATCHES]

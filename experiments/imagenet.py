@@ -38,13 +38,12 @@ if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
     from bn_jax.lab.progress import Progress
     from bn_jax.lab.report.page import write as write_page
     from bn_jax.lab.report.terminal import print_summary
-    from bn_jax.lab.sweeps import Point
+    from bn_jax.lab.statistics import Point, Record, Seconds
+    from bn_jax.lab.statistics.records import Series
     from bn_jax.lab.training.optimizers import RULES
     from bn_jax.lab.training.schedules import SCHEDULES
     from bn_jax.lab.training.signals import on_sigterm
     from experiments import imagenet_training as training
-if TYPE_CHECKING:
-    from bn_jax.lab.experiment import Record
 
 EXPERIMENT = "imagenet"
 PER = 256  # examples, for which `learning_rate` is
@@ -164,7 +163,7 @@ def run(config: Config) -> dict[str, Any]:
     started = start_jax(config, config.cache_dir)
     command = workdir.command(config, EXPERIMENT)
     config, warmup, train, test = open_sets(config)
-    records: list[Record] = []
+    records: list[ImageNetRecord] = []
     networks = {
         name: training.network(config, arm, train.num_classes, warmup)
         for name, arm in chosen_arms(config.arms, norm_arms()).items()
@@ -179,7 +178,8 @@ def run(config: Config) -> dict[str, Any]:
                 place = shared / "checkpoints" / name
                 one = training.Training(config, train, test, net, place, stop, progress.advance)
                 records.append(record(config, name, one.run()))
-                report.rewrite_records(folder / "records.jsonl", records).close()
+                lines = [record.to_json() for record in records]
+                report.rewrite_records(folder / "records.jsonl", lines).close()
         return write(config, records, settings, folder, time.perf_counter() - start)
 
 
@@ -222,8 +222,17 @@ def open_sets(config: Config) -> tuple[Config, int, Records, Records]:
     return config, warmup, train, test
 
 
-def record(config: Config, name: str, at: training.Position) -> dict[str, Any]:
-    """As of `bn_jax.lab.sweeps.sweep`, with `test_top5_accuracy` and what was left out."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageNetRecord(Record):
+    """A run, with its top-5 accuracy, the broken images left out and the steps skipped."""
+
+    test_top5_accuracy: Series
+    bad_examples: int
+    skipped_steps: int
+
+
+def record(config: Config, name: str, at: training.Position) -> ImageNetRecord:
+    """Returns what an arm measured."""
     momentum = config.momentum if norm_arms()[name].has_momentum else None
     point = Point(config.highest_rate, 1.0, momentum)
     end = config.evaluations[-1] if at.diverged_at is None else at.diverged_at
@@ -233,23 +242,35 @@ def record(config: Config, name: str, at: training.Position) -> dict[str, Any]:
         values = [round(h[metric], 6) if math.isfinite(h[metric]) else None for h in found]
         return values + [None] * (len(config.evaluations) - len(values))
 
-    tested = {k: series(f"test_{k}") for k in ("loss", "accuracy")}
-    return {
-        "arm": name, **point._asdict(), "seed": config.seed, "steps": config.evaluations,
-        **{f"train_{k}": series(f"train_{k}") for k in tested},
-        **{f"{s}_{k}": v for s in ("validation", "test") for k, v in tested.items()},
-        "test_top5_accuracy": series("test_top5_accuracy"),
-        "diverged_at": at.diverged_at, "stopped_at": None, "restored": None,
-        "bad_examples": at.bad + at.test_bad, "skipped_steps": at.skipped,
-        "seconds": {
-            "per_step": at.training / max(at.step, 1), "training": at.training,
-            "evaluation": at.evaluation, "runs_at_once": 1, "compilation": at.compilation,
-        },
-    }  # fmt: skip
+    loss, accuracy = series("test_loss"), series("test_accuracy")
+    per_step = at.training / max(at.step, 1)
+    return ImageNetRecord(
+        arm=name,
+        learning_rate=point.learning_rate,
+        init_scale=point.init_scale,
+        momentum=point.momentum,
+        seed=config.seed,
+        steps=list(config.evaluations),
+        train_loss=series("train_loss"),
+        train_accuracy=series("train_accuracy"),
+        validation_loss=loss,
+        validation_accuracy=accuracy,
+        test_loss=loss,
+        test_accuracy=accuracy,
+        test_top5_accuracy=series("test_top5_accuracy"),
+        diverged_at=at.diverged_at,
+        bad_examples=at.bad + at.test_bad,
+        skipped_steps=at.skipped,
+        seconds=Seconds(per_step, at.training, at.evaluation, at.compilation),
+    )
 
 
 def write(
-    config: Config, records: list[Record], settings: dict[str, Any], folder: Path, total: float
+    config: Config,
+    records: list[ImageNetRecord],
+    settings: dict[str, Any],
+    folder: Path,
+    total: float,
 ) -> dict[str, Any]:
     """Leaves the page and the summary, which comes back."""
     question = (
@@ -261,7 +282,9 @@ def write(
     summary = {
         "experiment": EXPERIMENT, "question": question, "dataset": config.dataset,
         "model": config.model, "published": rows,
-        **statistics.summarize(records, baseline=config.arms[0], target=config.target),
+        **statistics.summarize(
+            records, baseline=config.arms[0], target=config.target
+        ).to_json(),
         "seconds": settings["seconds"],
     }  # fmt: skip
     page = write_page(records, summary, settings, folder)
@@ -270,20 +293,20 @@ def write(
     return summary
 
 
-def published(config: Config, record: Record) -> list[Published]:
+def published(config: Config, record: ImageNetRecord) -> list[Published]:
     """What an arm ended with, beside what was published of such a network."""
-    top1, top5 = (record[f"test_{k}"][-1] or 0.0 for k in ("accuracy", "top5_accuracy"))
+    top1, top5 = (record.final(f"test_{k}") for k in ("accuracy", "top5_accuracy"))
     whole = config.width == 1 and config.dataset.startswith("imagenet2012")
-    source = PUBLISHED.get(config.model) if whole and record["arm"] == "bn" else None
+    source = PUBLISHED.get(config.model) if whole and record.arm == "bn" else None
     beside = (f"{source:.1%}", top1 > source - NEAR) if source else (None, None)
-    rate = config.batch_size / record["seconds"]["per_step"]
-    arm = record["arm"]
+    rate = config.batch_size / record.seconds.per_step
+    arm = record.arm
     return [
         Published(f"{arm}: top-1 at the end", f"{top1:.1%}", *beside),
         Published(f"{arm}: top-5 at the end", f"{top5:.1%}"),
         Published(f"{arm}: images per second in training", f"{rate:,.0f}"),
-        Published(f"{arm}: broken images left out", str(record["bad_examples"])),
-        Published(f"{arm}: steps skipped", str(record["skipped_steps"])),
+        Published(f"{arm}: broken images left out", str(record.bad_examples)),
+        Published(f"{arm}: steps skipped", str(record.skipped_steps)),
     ]
 
 

@@ -49,6 +49,8 @@ if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
     from bn_jax.lab.models import Inception
     from bn_jax.lab.models.inception import BLOCKS
     from bn_jax.lab.report.text import in_line, number, percent, whole
+    from bn_jax.lab.statistics import ArmResult, Summary
+    from bn_jax.lab.statistics.convergence import Estimate
     from bn_jax.lab.watchers import Weights
     from bn_jax.linen import BatchNorm
     from experiments import inception_ensemble
@@ -219,35 +221,34 @@ def conclude(training: Training[Config], kept: dict) -> Findings:
     return Findings(published=published, figures=figures)
 
 
-def rows(summary: dict, chance: float) -> Iterator[Published]:
+def rows(summary: Summary, chance: float) -> Iterator[Published]:
     """Steps to the baseline's best and highest accuracy of every arm, and ratios of steps.
 
     `agrees` compares directions, as the sizes are others: whether an arm's highest accuracy is
     on the same side of Inception's, and whether it takes fewer steps than Inception.
     """
-    base = summary["arms"][0]
-    comparable = base["arm"] == "inception"
-    goal = f"{percent(summary['target']['value'])} %"
-    for arm in summary["arms"]:
-        name = arm["arm"]
-        steps = in_line(arm["steps_to_target"], whole, arm["seeds"])
-        best = in_line(arm["max_accuracy"], percent, arm["seeds"])
+    base = summary.arms[0]
+    comparable = base.arm == "inception"
+    goal = f"{percent(summary.target.value)} %"
+    for arm in summary.arms:
+        name = arm.arm
+        steps, best = in_line(arm.steps_to_target, whole), in_line(arm.max_accuracy, percent)
         yield Published(
             quantity=f"{name}: steps to {goal}, maximum accuracy (%)",
             here=f"{steps}, {best}",
             source=_source(name),
             agrees=_agrees(arm, base, chance) if comparable else None,
         )
-    for faster in summary["speedup"] if comparable else ():
-        name = faster["arm"]
+    for faster in summary.speedups if comparable else ():
+        name = faster.arm.arm
         millions, _ = PUBLISHED.get(name, (None, None))
         if millions:
-            ratio = {"median": faster["steps"]["ratio"], "ci95": faster["steps"]["ci95"]}
+            ratio = Estimate(faster.steps.ratio, faster.steps.ci95, base.seeds)
             yield Published(
                 quantity=f"steps of inception over those of {name} (agrees: above 1)",
-                here=in_line(ratio, number, base["seeds"]),
+                here=in_line(ratio, number),
                 source=number(PUBLISHED["inception"][0] / millions),
-                agrees=(ratio["median"] or 0) > 1,
+                agrees=(ratio.median or 0) > 1,
             )
 
 
@@ -260,16 +261,16 @@ def _source(name):
     return f"{f'{millions:.1f}M' if millions else 'not reached'}, {best:.1f}"
 
 
-def _agrees(arm, base, chance):
-    name, best = arm["arm"], arm["max_accuracy"]["median"]
+def _agrees(arm: ArmResult, base: ArmResult, chance: float) -> bool | None:
+    name, best = arm.arm, arm.max_accuracy.median or 0
     if name == "inception_x5":
-        return 2 * arm["diverged"] >= arm["seeds"]
+        return arm.lost
     if name == "inception_sigmoid":
         return best < 2 * chance
-    if name == base["arm"] or name not in PUBLISHED:
+    if name == base.arm or name not in PUBLISHED:
         return None
-    above = PUBLISHED[name][1] > PUBLISHED[base["arm"]][1]
-    return above == (best > base["max_accuracy"]["median"])
+    above = PUBLISHED[name][1] > PUBLISHED[base.arm][1]
+    return above == (best > (base.max_accuracy.median or 0))
 
 
 def network_row(config: Config, size: str) -> Published:

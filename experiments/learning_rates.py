@@ -23,14 +23,16 @@ if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
     from bn_jax.lab.arms import Arm, chosen_arms, norm_arms
     from bn_jax.lab.experiment import Training, run_experiment
     from bn_jax.lab.findings import Findings, Published
-    from bn_jax.lab.report.comparison import Comparison
+    from bn_jax.lab.report.comparison import Outcome
     from bn_jax.lab.report.heatmap import heat_maps
     from bn_jax.lab.report.plotting import SMALL, add_legend, arm_styles, new_figure, tidy
+    from bn_jax.lab.report.tables import Table
     from bn_jax.lab.report.text import number, plural
-    from bn_jax.lab.statistics import summarize
+    from bn_jax.lab.statistics import Summary, summarize
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+ENTRIES = ("budget_steps", "target", "arms", "by_point")
 EXPERIMENT = "learning_rates"
 QUESTION = "How far can the learning rate and the initial scale go, with and without BatchNorm?"
 RATES_CLAIM = "higher rates train (Ioffe & Szegedy 2015, section 3.3)"
@@ -127,7 +129,8 @@ def arms(config: Config) -> dict[str, Arm]:
 def conclude(training: Training[Config]) -> Findings:
     """What of the grid trains, beside the claims."""
     config = training.config
-    summary = without_baseline(training)
+    baseline = networks(config)[0].name
+    summary = summarize(training.records, baseline=baseline, target=config.target)
     largest = {n: largest_rate(config, summary, n) for n in networks(config)}
     scales = {n: trained_scales(summary, n) for n in networks(config)}
     depth = config.depths[len(config.depths) // 2]
@@ -137,33 +140,25 @@ def conclude(training: Training[Config]) -> Findings:
         ("accuracy.png", map_caption(depth, config.seeds), accuracy_maps(summary, shown)),
     )
     published = [*rate_rows(config, largest), *scale_rows(config, scales)]
-    summary["tables"] = [table(config, largest, scales)]
-    return Findings(summary, published, figures)
+    # What does not rest on a baseline.
+    told = {key: v for key, v in summary.to_json().items() if key in ENTRIES}
+    return Findings(told, [table(config, largest, scales)], published, figures)
 
 
-def without_baseline(training: Training[Config]) -> dict[str, Any]:
-    """The entries of `bn_jax.lab.statistics.summarize` that do not rest on a baseline."""
-    config = training.config
-    baseline = networks(config)[0].name
-    whole = summarize(training.records, baseline=baseline, target=config.target)
-    return {key: whole[key] for key in ("budget_steps", "target", "arms", "by_point")}
-
-
-def largest_rate(config: Config, summary: dict, network: Network) -> float | None:
+def largest_rate(config: Config, summary: Summary, network: Network) -> float | None:
     """The largest that trains at the initial scale nearest to 1."""
     nearest = min(config.init_scales, key=lambda scale: max(scale, 1 / scale))
     rates = [
-        p["learning_rate"]
-        for p in summary["by_point"]
-        if p["arm"] == network.name and p["init_scale"] == nearest and p["trains"]
+        p.learning_rate
+        for p in summary.points
+        if p.arm == network.name and p.init_scale == nearest and p.trains
     ]
     return max(rates, default=None)
 
 
-def trained_scales(summary: dict, network: Network) -> int:
+def trained_scales(summary: Summary, network: Network) -> int:
     """At how many initial scales there is a rate that trains."""
-    points = (p for p in summary["by_point"] if p["arm"] == network.name and p["trains"])
-    return len({p["init_scale"] for p in points})
+    return len({p.init_scale for p in summary.points if p.arm == network.name and p.trains})
 
 
 def rate_rows(config: Config, largest: Largest) -> Iterator[Published]:
@@ -197,15 +192,15 @@ def scale_rows(config: Config, scales: Scales) -> Iterator[Published]:
         )
 
 
-def table(config: Config, largest: Largest, scales: Scales) -> dict[str, Any]:
+def table(config: Config, largest: Largest, scales: Scales) -> Table:
     """A row for every network."""
     top = max(config.learning_rates)
-    return {
-        "title": "Largest learning rate that trains at the initial scale nearest to 1, and "
-        f"initial scales, of {len(config.init_scales)}, that train at some rate",
-        "header": ["network", "largest rate", "initial scales"],
-        "rows": [[n.name, _rate(rate, top), str(scales[n])] for n, rate in largest.items()],
-    }
+    return Table(
+        "Largest learning rate that trains at the initial scale nearest to 1, and initial "
+        f"scales, of {len(config.init_scales)}, that train at some rate",
+        ["network", "largest rate", "initial scales"],
+        [[n.name, _rate(rate, top), str(scales[n])] for n, rate in largest.items()],
+    )
 
 
 def _compared(config):
@@ -257,10 +252,10 @@ def largest_rates(largest: Largest, rates: list[float]) -> Figure:
     return figure
 
 
-def accuracy_maps(summary: dict, shown: list[str]) -> Figure:
+def accuracy_maps(summary: Summary, shown: list[str]) -> Figure:
     """`heat_maps` of some of the arms."""
-    arms = [arm for arm in summary["arms"] if arm["arm"] in shown]
-    return heat_maps(Comparison.of(summary | {"arms": arms}))
+    arms = tuple(arm for arm in summary.arms if arm.arm in shown)
+    return heat_maps(Outcome(**vars(dataclasses.replace(summary, arms=arms))))
 
 
 def map_caption(depth: int, seeds: int) -> str:

@@ -36,9 +36,12 @@ if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
 
     from bn_jax.lab import comparison
     from bn_jax.lab.arms import Arm, norm_arms
+    from bn_jax.lab.crossed import known
     from bn_jax.lab.experiment import Training
     from bn_jax.lab.findings import Findings, Published
     from bn_jax.lab.report.text import in_line, number, percent
+    from bn_jax.lab.statistics import ArmResult, Summary
+    from bn_jax.lab.statistics.convergence import Estimate, Ratio
     from bn_jax.lab.sweeps import Evaluation, Point
     from bn_jax.linen import BatchNorm
     from experiments.lstm_gradients import CAPTION, gradient_norms, gradients_through_time
@@ -147,12 +150,12 @@ class Ends:
 
 def conclude(training: Training[Config], kept: dict) -> Findings:
     """The published numbers beside ours, and the gradient through time."""
-    norms = {a["arm"]: through_time(training, a, kept) for a in training.summary["arms"]}
-    figure = gradients_through_time(norms, training.summary)
+    norms = {a.arm: through_time(training, a, kept) for a in training.summary.arms}
+    figure = gradients_through_time(norms)
     return Findings(
         {"variant": variant(training.config), "gradient_norms": norms},
-        [*rows(training.config, training.summary, norms)],
-        [("gradients_through_time.png", CAPTION, figure)],
+        published=[*rows(training.config, training.summary, norms)],
+        figures=[("gradients_through_time.png", CAPTION, figure)],
     )
 
 
@@ -161,9 +164,9 @@ def variant(config: Config) -> str:
     return config.read + (", permuted" if config.permuted else "")
 
 
-def through_time(training: Training[Config], arm: dict, kept: dict) -> dict[str, list]:
+def through_time(training: Training[Config], arm: ArmResult, kept: dict) -> dict[str, list]:
     """`gradient_norms` by end, at the arm's best point."""
-    name, point, train = arm["arm"], Point.of(arm), training.dataset.train
+    name, point, train = arm.arm, arm.point, training.dataset.train
     n, key = training.config.batch_size, jax.random.key(training.config.seed)
     batch = training.runs[name].scaled(train.inputs[:n]), train.labels[:n]
     model = training.model(name, point)
@@ -174,44 +177,46 @@ def through_time(training: Training[Config], arm: dict, kept: dict) -> dict[str,
     }
 
 
-def rows(config: Config, summary: dict, norms: dict) -> Iterator[Published]:
+def rows(config: Config, summary: Summary, norms: dict) -> Iterator[Published]:
     """Accuracies, steps against the LSTM without, and what the gradient loses on its way."""
     published = {}
     if (config.dataset, config.read) == ("mnist", "pixels"):
         published = PUBLISHED[config.permuted]
-    best = {a["arm"]: a["max_accuracy"] for a in summary["arms"]}
-    for name, accuracy in best.items():
+    for arm in summary.arms:
+        name, accuracy = arm.arm, arm.max_accuracy
         source = published.get(name)
-        low, high = accuracy["ci95"]
-        same_size = source and config.steps >= STEPS
+        _, low, high = known(accuracy)
+        agrees = None
+        if source and config.steps >= STEPS:
+            agrees = 100 * low - 0.05 <= source <= 100 * high + 0.05
         yield Published(
             quantity=f"{name}: highest test accuracy (%)",
-            here=in_line(accuracy, percent, config.seeds),
+            here=in_line(accuracy, percent),
             source=f"{source:g}" if source else None,
-            agrees=100 * low - 0.05 <= source <= 100 * high + 0.05 if same_size else None,
+            agrees=agrees,
         )
     yield from _faster(config, summary)
     yield from _vanishing(config, norms)
 
 
-def _faster(config, summary):
-    for faster in summary["speedup"]:
-        if (faster["over"], faster["arm"]) == ("none", "recurrent_.1"):
-            steps = faster["steps"]
-            ratio = {"median": steps["ratio"], "ci95": steps["ci95"]}
+def _faster(config: Config, summary: Summary) -> Iterator[Published]:
+    for faster in summary.speedups:
+        if (faster.over.arm, faster.arm.arm) == ("none", "recurrent_.1"):
+            steps = faster.steps
+            ratio = Estimate(steps.ratio, steps.ci95, config.seeds)
             yield Published(
                 quantity="steps of none over those of recurrent_.1",
-                here=in_line(ratio, number, config.seeds),
+                here=in_line(ratio, number),
                 source="above 1 (pixels)",
-                agrees=_above_1(**steps) if config.read == "pixels" else None,
+                agrees=_above_1(steps) if config.read == "pixels" else None,
             )
 
 
-def _above_1(ratio, ci95):
+def _above_1(steps: Ratio) -> bool | None:
     """None where the ratio is, but its interval is not: that may be chance."""
-    if ratio is None or ratio <= 1:
+    if steps.ratio is None or steps.ratio <= 1:
         return False
-    return True if ci95[0] is not None and ci95[0] > 1 else None
+    return True if (steps.ci95[0] or 0) > 1 else None
 
 
 def _vanishing(config, norms):

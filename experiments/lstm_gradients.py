@@ -69,15 +69,14 @@ def gradient_norms(
 
 
 def gradients_through_time(
-    norms: Mapping[str, Mapping[str, Sequence[float]]], summary: dict
+    norms: Mapping[str, Mapping[str, Sequence[float]]],
 ) -> Figure:
     """A panel before training and one after.
 
     Args:
       norms: by arm and end (`start`, `end`) those of the steps, ascending.
-      summary: whose arms give the colours.
     """
-    figure, styles = new_figure(height=3.4), arm_styles(a["arm"] for a in summary["arms"])
+    figure, styles = new_figure(height=3.4), arm_styles(norms)
     panels = figure.subplots(1, 2, sharey=True)
     for ax, (end, title) in zip(panels, ENDS.items(), strict=True):
         for arm, ends in norms.items():

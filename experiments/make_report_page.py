@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from bn_jax.lab.report.comparison import Comparison
+from bn_jax.lab.report.comparison import Outcome
 from bn_jax.lab.report.files import write_atomically
 from bn_jax.lab.report.markdown import sections, table
 from bn_jax.lab.report.sentences import speedup_lines
@@ -111,7 +111,7 @@ def section(finished: Finished, figures: Path, link: str) -> str:
         f"```\n{finished.config['command']}\n```\n{_spent(finished)}",
     ]
     if "speedup" in summary:
-        comparison = Comparison.of(summary)
+        comparison = Outcome.of(summary)
         parts += [f"{comparison.headline}.", _markdown(summary_table(comparison))]
         parts += speedup_lines(comparison)
     for one in own_tables(summary):

@@ -35,8 +35,8 @@ if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
     from bn_jax.lab.experiment import Training
     from bn_jax.lab.findings import Findings, Published
     from bn_jax.lab.report.text import bracketed, number, whole
+    from bn_jax.lab.statistics import ArmResult
     from bn_jax.lab.statistics.convergence import median, median_interval
-    from bn_jax.lab.sweeps import Point
     from experiments import mnist_sigmoid_figure as figure
     from experiments.mnist_sigmoid_percentiles import (
         PERCENTILES,
@@ -98,18 +98,18 @@ def conclude(training: Training[Config], paths: dict) -> Findings:
         **drift_summary(training.records, summary, paths),
         "first_tenth": drift_summary(training.records, summary, tenth),
     }
-    shown = {arm["arm"]: unit_paths(training, arm, paths) for arm in summary["arms"]}
+    shown = {arm.arm: unit_paths(training, arm, paths) for arm in summary.arms}
     figures = [
         ("typical_unit.png", figure.TYPICAL, figure.typical_units(summary, shown)),
         ("all_units.png", figure.all_units_caption(shown), figure.all_units(summary, shown)),
     ]
-    return Findings({"drift": drifts}, [*rows(training, drifts)], figures)
+    return Findings({"drift": drifts}, published=[*rows(training, drifts)], figures=figures)
 
 
-def unit_paths(training: Training[Config], arm: dict, paths: dict) -> figure.Paths:
+def unit_paths(training: Training[Config], arm: ArmResult, paths: dict) -> figure.Paths:
     """Those of the first seed of an arm at its own best point."""
-    own = np.stack(paths[arm["arm"], Point.of(arm), training.config.seed])
-    steps = np.array(training.records[0]["steps"][1:][: len(own)])
+    own = np.stack(paths[arm.arm, arm.point, training.config.seed])
+    steps = np.array(training.records[0].steps[1:][: len(own)])
     return figure.Paths(steps, own, drift(own), typical_unit(drift(own)))
 
 
@@ -120,9 +120,9 @@ def rows(training: Training[Config], drift: dict) -> Iterator[Published]:
     accuracy, of the ratio of steps, of the ratio of drifts. It is judged in runs of the
     source's setting with more than one seed.
     """
-    base = training.summary["baseline"]
-    for place, arm in enumerate(training.summary["arms"][1:], 1):
-        names = f"{base} / {arm['arm']}"
+    base = training.summary.baseline
+    for place, arm in enumerate(training.summary.arms[1:], 1):
+        names = f"{base} / {arm.arm}"
         claimed = names == "none / bn"
         judged = claimed and is_the_sources(training.config)
         for what, here, claim, holds in (
@@ -144,11 +144,8 @@ def is_the_sources(config: Config) -> bool:
 
 def accuracies(training: Training[Config], place: int) -> tuple[str, str, str, bool]:
     """After the last step; the difference is of the two runs of a seed."""
-    arms = training.summary["arms"]
-    base, own = (
-        [100 * (r["test_accuracy"][-1] or 0) for r in training.at(arm)]
-        for arm in (arms[0], arms[place])
-    )
+    arms = training.summary.arms
+    base, own = ([100 * r.final() for r in training.at(arm)] for arm in (arms[0], arms[place]))
     more = [b - a for a, b in zip(base, own, strict=True)]
     low, high = median_interval(more)
     here = (
@@ -165,9 +162,9 @@ def accuracies(training: Training[Config], place: int) -> tuple[str, str, str, b
 def steps(training: Training[Config], place: int) -> tuple[str, str, str, bool]:
     """To the target, which is the best of the baseline."""
     summary = training.summary
-    medians = [a["steps_to_target"]["median"] for a in summary["arms"]]
-    ratio = summary["speedup"][place - 1]["steps"]
-    what = f"steps to {summary['target']['value']:.2%}, ratio"
+    medians = [a.steps_to_target.median for a in summary.arms]
+    ratio = summary.speedups[place - 1].steps.to_json()
+    what = f"steps to {summary.target.value:.2%}, ratio"
     here = _ratio(medians[0], medians[place], ratio, whole)
     return what, here, "fewer with BN", above(ratio, 1)
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from bn_jax.lab.report.comparison import Comparison
+from bn_jax.lab.report.comparison import Outcome
 from bn_jax.lab.report.plotting import GREY, SMALL, Style, arm_styles, new_figure, tidy
 from bn_jax.lab.report.text import number
+from bn_jax.lab.statistics import Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,9 +41,9 @@ class Paths(NamedTuple):
     typical: int
 
 
-def typical_units(summary: dict, paths: Mapping[str, Paths]) -> Figure:
+def typical_units(summary: Summary, paths: Mapping[str, Paths]) -> Figure:
     """A panel for each arm: the percentiles of its typical unit against steps."""
-    comparison = Comparison.of(summary)
+    comparison = Outcome(**vars(summary))
     styles = arm_styles(arm.arm for arm in comparison.arms)
     columns = min(len(paths), 2)
     rows = -(-len(paths) // columns)
@@ -67,13 +68,13 @@ def typical_units(summary: dict, paths: Mapping[str, Paths]) -> Figure:
     return figure
 
 
-def all_units(summary: dict, paths: Mapping[str, Paths]) -> Figure:
+def all_units(summary: Summary, paths: Mapping[str, Paths]) -> Figure:
     """A cell for each unit, the unit of least drift first, in rows; arms side by side.
 
     Each unit is centred on the mean of its median, and divided by the mean distance of its
     percentiles, so that what is seen is what `drift` measures. The typical unit has a frame.
     """
-    comparison = Comparison.of(summary)
+    comparison = Outcome(**vars(summary))
     styles = arm_styles(arm.arm for arm in comparison.arms)
     height = cell_height(paths)
     columns = min(len(paths), 2)

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from bn_jax.lab.data import Dataset
-from bn_jax.lab.experiment import Record
 from bn_jax.lab.models import MLP
+from bn_jax.lab.statistics import Record, Summary
 from bn_jax.lab.statistics.convergence import estimate, speedup
 from bn_jax.lab.sweeps import Evaluation, Point
 from bn_jax.lab.training.run import Run, Swept
@@ -123,7 +123,7 @@ def typical_unit(drifts: np.ndarray) -> int:
 
 def drift_summary(
     records: Sequence[Record],
-    summary: Mapping[str, Any],
+    summary: Summary,
     paths: Mapping[tuple[str, Point, int], Sequence[np.ndarray]],
 ) -> dict[str, Any]:
     """The drift of a comparison's arms, as `summary.json` has it.
@@ -142,34 +142,34 @@ def drift_summary(
     """
     runs: dict[tuple, list] = {}
     for r in records:
-        units = np.median(drift(paths[r["arm"], Point.of(r), r["seed"]]))
-        lost = r["diverged_at"] is not None or not np.isfinite(units)
-        runs.setdefault((r["arm"], Point.of(r)), []).append(None if lost else float(units))
-    momentums = {(arm["arm"], arm["momentum"]) for arm in summary["arms"]}
+        units = np.median(drift(paths[r.run]))
+        lost = r.diverged_at is not None or not np.isfinite(units)
+        runs.setdefault((r.arm, r.point), []).append(None if lost else float(units))
+    momentums = {(arm.arm, arm.momentum) for arm in summary.arms}
     rates: dict[tuple, list] = {}
-    for row in summary["by_point"]:
-        if (row["arm"], row["momentum"]) in momentums:
-            rates.setdefault((row["learning_rate"], row["init_scale"]), []).append(row)
-    whole = [rows for rows in rates.values() if len(rows) == len(summary["arms"])]
+    for row in summary.points:
+        if (row.arm, row.momentum) in momentums:
+            rates.setdefault(row.point[:2], []).append(row)
+    whole = [rows for rows in rates.values() if len(rows) == len(summary.arms)]
     return {
-        **_compared(summary["arms"], runs),
+        **_compared(summary.arms, runs),
         "by_rate": [_compared(rows, runs) for rows in whole],
     }
 
 
 def _compared(rows, runs):
     base, *others = rows
-    over = runs[base["arm"], Point.of(base)]
-    ratios = [(row["arm"], speedup(over, runs[row["arm"], Point.of(row)])) for row in others]
+    over = runs[base.arm, base.point]
+    ratios = [(row.arm, speedup(over, runs[row.arm, row.point])) for row in others]
     return {
         "arms": [_arm(row, runs) for row in rows],
         "times_smaller": [
-            {"arm": arm, "over": base["arm"], "ratio": ratio, "ci95": ci95}
+            {"arm": arm, "over": base.arm, "ratio": ratio, "ci95": ci95}
             for arm, (ratio, ci95) in ratios
         ],
     }
 
 
 def _arm(row, runs):
-    point = Point.of(row)
-    return {"arm": row["arm"], **point._asdict(), **estimate(runs[row["arm"], point])}
+    found = estimate(runs[row.arm, row.point]).to_json()
+    return {"arm": row.arm, **row.point._asdict(), **found}

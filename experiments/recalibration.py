@@ -32,7 +32,6 @@ if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
 
     from bn_jax.lab import arms, report, workdir
     from bn_jax.lab.data import Dataset
-    from bn_jax.lab.experiment import Record
     from bn_jax.lab.progress import Progress
     from bn_jax.lab.report.page import write
     from bn_jax.lab.report.terminal import print_summary
@@ -121,18 +120,19 @@ def run(config: Config) -> dict[str, Any]:
             "model": config.model, "training_images": available, "seeds": config.seeds,
             "arms": summarize(records),
         }  # fmt: skip
-        summary["tables"] = [table(summary)]
+        summary["tables"] = [table(summary).to_json()]
         figures = [("recalibration.png", CAPTION, figure(summary["arms"]))]
-        page = write(records, summary, settings, folder, figures)
+        page = write((), summary, settings, folder, figures)
         print_summary(summary)
         print(page)
         return summary
 
 
 Variables = dict[str, Any]
+Measured = dict[str, Any]  # a line of records.jsonl
 
 
-def measure(config: Config, one: Run, dataset: Dataset, path: Path) -> list[Record]:
+def measure(config: Config, one: Run, dataset: Dataset, path: Path) -> list[Measured]:
     """A record for every network, kind of weights and number of images, in the file at once.
 
     Networks with all of their records there, of an earlier start, are not trained again.
@@ -185,7 +185,7 @@ def trained(
 
 def recalibrated(
     config: Config, one: Run, dataset: Dataset, variables: Variables
-) -> list[Record]:
+) -> list[Measured]:
     """Error and accuracy with running statistics (images 0) and with those of more images."""
     model = one.model(Swept(config.learning_rate, 1.0, config.momentum))
     everything = dataset.train.labels.size
@@ -256,9 +256,9 @@ def _hits(model):
     return jax.jit(lambda v, x, y: correct(model.apply(v, x, train=False), y).sum())
 
 
-def summarize(records: list[Record]) -> list[dict[str, Any]]:
+def summarize(records: list[Measured]) -> list[dict[str, Any]]:
     """For each kind of weights and number of images the median and the range over seeds."""
-    runs: dict[tuple[str, int], list[Record]] = {}
+    runs: dict[tuple[str, int], list[Measured]] = {}
     for r in records:
         runs.setdefault((r["weights"], r["images"]), []).append(r)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bn_jax.lab.report.plotting import SPARE, STYLES, Style, add_legend, new_figure, tidy
+from bn_jax.lab.report.tables import Table
 from bn_jax.lab.report.text import number, percent, whole
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ CAPTION = (
 )
 
 
-def table(summary: dict[str, Any]) -> dict[str, Any]:
+def table(summary: dict[str, Any]) -> Table:
     """A row for each kind of weights and number of images."""
 
     def images(arm):
@@ -34,17 +35,19 @@ def table(summary: dict[str, Any]) -> dict[str, Any]:
         low, high = value["range"]
         return f"{form(value['median'])}\n[{form(low)}, {form(high)}]"
 
-    return {
-        "title": f"Medians over {summary['seeds']} seeds, with the lowest and the highest",
-        "header": ["weights", "statistics of", "error (std)", "test accuracy (%)"],
-        "rows": [
+    return Table(
+        f"Medians over {summary['seeds']} seeds, with the lowest and the highest",
+        ["weights", "statistics of", "error (std)", "test accuracy (%)"],
+        [
             [
-                NAMES[arm["weights"]], images(arm), spread(arm["statistics_error"], number),
+                NAMES[arm["weights"]],
+                images(arm),
+                spread(arm["statistics_error"], number),
                 spread(arm["test_accuracy"], percent),
             ]
             for arm in summary["arms"]
         ],
-    }  # fmt: skip
+    )
 
 
 def figure(found: list[dict[str, Any]]) -> Figure:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from bn_jax.lab import flags
@@ -29,8 +29,10 @@ if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
     from bn_jax.lab.experiment import Training, run_experiment
     from bn_jax.lab.findings import Findings, Published
     from bn_jax.lab.report.plotting import add_legend, arm_styles, new_figure, tidy
+    from bn_jax.lab.report.tables import Table
     from bn_jax.lab.report.text import number
-    from bn_jax.lab.sweeps import Point
+    from bn_jax.lab.statistics import Record
+    from bn_jax.lab.statistics.convergence import Estimate, estimate
     from bn_jax.lab.watchers import Weights
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,7 +55,7 @@ CAPTION = (
     "learning rate that is best on the validation set. Norms are moved a little sideways so "
     "that they do not hide each other."
 )
-PANELS = {"test_accuracy": "test accuracy (%)", "gap": "training - test (%)"}
+PANELS = {"test": "test accuracy (%)", "gap": "training - test (%)"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,23 +126,35 @@ def arms(config: Config) -> dict[str, Arm]:
 def conclude(training: Training[Config], weights: dict) -> Findings:
     """Accuracies and gaps of every combination, their differences, and the claims."""
     measured = measure(training, weights)
-    combinations = [row(cell, own) for cell, own in measured.items()]
-    summary = {"budget_steps": training.config.steps, "combinations": combinations}
+    combinations = [own.to_json() for own in measured.values()]
     return Findings(
-        summary | {"tables": [table(combinations)]},
+        {"budget_steps": training.config.steps, "combinations": combinations},
+        [table(measured.values())],
         [*rows(training.config, measured)],
-        [("accuracy_and_gap.png", CAPTION, accuracy_and_gap(combinations))],
+        [("accuracy_and_gap.png", CAPTION, accuracy_and_gap(measured))],
     )
 
 
 class Measured(NamedTuple):
     """A combination at its best rate, by seed."""
 
+    cell: Cell
     learning_rate: float
     validation: list[float]
     test: list[float]
     gap: list[float]
     diverged: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns an entry of `combinations` of `summary.json`."""
+        return {
+            **self.cell._asdict(),
+            "learning_rate": self.learning_rate,
+            "seeds": len(self.test),
+            "diverged": self.diverged,
+            "test_accuracy": estimate(self.test).to_json(),
+            "gap": estimate(self.gap).to_json(),
+        }
 
 
 def measure(training: Training[Config], weights: dict) -> dict[Cell, Measured]:
@@ -149,60 +163,49 @@ def measure(training: Training[Config], weights: dict) -> dict[Cell, Measured]:
     # Dropout and L2 are no part of the network at inference: one program for each norm.
     accuracy = {c.norm: crossed.accuracy(training, c.name, train) for c in found}
     best = crossed.best_runs(training.records)
-    return {c: _measured(best[c.name], accuracy[c.norm], weights) for c in found}
+    return {c: _measured(c, best[c.name], accuracy[c.norm], weights) for c in found}
 
 
-def _measured(runs, accuracy, weights):
-    keys = [(r["arm"], Point.of(r), r["seed"]) for r in runs]
+def _measured(cell: Cell, runs: list[Record], accuracy, weights) -> Measured:
+    keys = [r.run for r in runs]
     # What has diverged has no accuracy, and no gap.
-    lost = [r["diverged_at"] is not None for r in runs]
+    lost = [r.diverged_at is not None for r in runs]
     train = [0.0 if d else float(accuracy(weights[k])) for d, k in zip(lost, keys, strict=True)]
-    test = [crossed.final(r) for r in runs]
+    test = [r.final() for r in runs]
     gap = [a - b for a, b in zip(train, test, strict=True)]
-    validation = [crossed.final(r, "validation_accuracy") for r in runs]
-    return Measured(runs[0]["learning_rate"], validation, test, gap, sum(lost))
+    validation = [r.final("validation_accuracy") for r in runs]
+    return Measured(cell, runs[0].learning_rate, validation, test, gap, sum(lost))
 
 
-def row(cell: Cell, own: Measured) -> dict[str, Any]:
-    """A combination as `summary.json` has it."""
-    return {
-        **cell._asdict(),
-        "learning_rate": own.learning_rate,
-        "seeds": len(own.test),
-        "diverged": own.diverged,
-        "test_accuracy": crossed.estimate(own.test),
-        "gap": crossed.estimate(own.gap),
-    }
-
-
-def table(combinations: list[dict]) -> dict[str, Any]:
+def table(measured: Iterable[Measured]) -> Table:
     """A row for every combination."""
-    return {
-        "title": "Test accuracy, and by how much that on the training set is higher, at the "
-        "best learning rate of every combination",
-        "header": ["norm", "dropout", "L2", "learning rate", "test (%)", "gap (%)", "diverged"],
-        "rows": [
+    return Table(
+        "Test accuracy, and by how much that on the training set is higher, at the best "
+        "learning rate of every combination",
+        ["norm", "dropout", "L2", "learning rate", "test (%)", "gap (%)", "diverged"],
+        [
             [
-                c["norm"], number(c["dropout"]), number(c["l2"]), number(c["learning_rate"]),
-                *(crossed.percent_cell(c[name]) for name in ("test_accuracy", "gap")),
-                f"{c['diverged']} of {c['seeds']}",
+                m.cell.norm,
+                *map(number, (m.cell.dropout, m.cell.l2, m.learning_rate)),
+                *(crossed.percent_cell(estimate(values)) for values in (m.test, m.gap)),
+                f"{m.diverged} of {len(m.test)}",
             ]
-            for c in combinations
+            for m in measured
         ],
-    }  # fmt: skip
+    )
 
 
 class Change(NamedTuple):
     """What the dropout of a combination does: estimates of the differences from none."""
 
     cell: Cell
-    accuracy: crossed.Spread
-    gap: crossed.Spread
+    accuracy: Estimate
+    gap: Estimate
 
     @property
     def helps(self) -> bool:
         """Whether it clearly raises the test accuracy, or lowers the gap."""
-        return self.accuracy["ci95"][0] > 0 or self.gap["ci95"][1] < 0
+        return crossed.known(self.accuracy)[1] > 0 or crossed.known(self.gap)[2] < 0
 
 
 def rows(config: Config, measured: dict[Cell, Measured]) -> Iterator[Published]:
@@ -226,7 +229,7 @@ def rows(config: Config, measured: dict[Cell, Measured]) -> Iterator[Published]:
                 measured[Cell("bn", 0.0, l2)].gap, measured[Cell("none", 0.0, l2)].gap
             )
             what = f"gap with BatchNorm less that without, no dropout, L2 {l2:g}"
-            regularises = less["ci95"][1] < 0
+            regularises = crossed.known(less)[2] < 0
             yield Published(what, crossed.points_text(less), REGULARISES, regularises)
 
 
@@ -263,20 +266,18 @@ def _dropout_row(change, without):
     return Published(what, here, OBSOLETE, removable)
 
 
-def accuracy_and_gap(combinations: list[dict[str, Any]]) -> Figure:
-    """Against the dropout rate, a line for each norm; `combinations` as made by `row`."""
-    l2s, norms, dropouts = (
-        list(dict.fromkeys(c[k] for c in combinations)) for k in ("l2", "norm", "dropout")
-    )
+def accuracy_and_gap(measured: dict[Cell, Measured]) -> Figure:
+    """Against the dropout rate, a line for each norm."""
+    norms, dropouts, l2s = (list(dict.fromkeys(v)) for v in zip(*measured, strict=True))
     styles = arm_styles(norms)
-    found = {(c["norm"], c["dropout"], c["l2"]): c for c in combinations}
     figure = new_figure(width=1.2 + 2.0 * len(l2s), height=4.6)
     panels = figure.subplots(2, len(l2s), sharex=True, sharey="row", squeeze=False)
-    for axes, (measure, label) in zip(panels, PANELS.items(), strict=True):
+    for axes, (name, label) in zip(panels, PANELS.items(), strict=True):
         for ax, l2 in zip(axes, l2s, strict=True):
             for i, norm in enumerate(norms):
                 x = [j + 0.12 * (i - (len(norms) - 1) / 2) for j in range(len(dropouts))]
-                values = [found[norm, dropout, l2][measure] for dropout in dropouts]
+                own = (measured[Cell(norm, dropout, l2)] for dropout in dropouts)
+                values = [estimate(getattr(m, name)) for m in own]
                 crossed.draw_percent(ax, x, values, label=norm, **styles[norm].line())
             tidy(ax)
             ax.set_xticks(range(len(dropouts)), list(map(number, dropouts)))

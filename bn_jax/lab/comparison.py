@@ -41,11 +41,9 @@ def run(
     question = question or default_question(config)
 
     def conclude(training):
-        summary = training.summary | summarize(
-            training.records, baseline=config.arms[0], target=config.target
-        )
-        found = further(dataclasses.replace(training, summary=summary))
-        return dataclasses.replace(found, summary=summary | found.summary)
+        result = summarize(training.records, baseline=config.arms[0], target=config.target)
+        found = further(dataclasses.replace(training, result=result))
+        return dataclasses.replace(found, summary={**result.to_json(), **found.summary})
 
     return run_experiment(
         config, chosen_arms(config.arms, known or norm_arms()), experiment=experiment,

@@ -11,20 +11,19 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 from jax import lax
 
 from bn_jax.lab.data import Split
-from bn_jax.lab.experiment import Record, Training
+from bn_jax.lab.experiment import Training
 from bn_jax.lab.report import text
-from bn_jax.lab.statistics import convergence
-from bn_jax.lab.sweeps import Point
+from bn_jax.lab.statistics import Point, Record
+from bn_jax.lab.statistics.convergence import Estimate, estimate
 from bn_jax.lab.training.metrics import correct
 from bn_jax.lab.training.run import Swept
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-Spread = dict[str, Any]  # `median` and `ci95`
 
 
 def best_runs(records: list[Record]) -> dict[str, list[Record]]:
@@ -34,19 +33,14 @@ def best_runs(records: list[Record]) -> dict[str, list[Record]]:
     """
     points: dict[str, dict[Point, list[Record]]] = {}
     for r in records:
-        runs = points.setdefault(r["arm"], {}).setdefault(Point.of(r), [])
+        runs = points.setdefault(r.arm, {}).setdefault(r.point, [])
         runs.append(r)
-        runs.sort(key=lambda r: r["seed"])
+        runs.sort(key=lambda r: r.seed)
     return {arm: max(own.values(), key=_typical) for arm, own in points.items()}
 
 
 def _typical(runs):
-    return statistics.median(final(r, "validation_accuracy") for r in runs)
-
-
-def final(record: Record, metric: str = "test_accuracy") -> float:
-    """At the last step; 0 where the run had diverged."""
-    return record[metric][-1] or 0.0
+    return statistics.median(r.final("validation_accuracy") for r in runs)
 
 
 def accuracy(
@@ -78,32 +72,33 @@ def accuracy(
     return jax.jit(whole)
 
 
-def estimate(values: list[float]) -> Spread:
-    """Their `median` and its `ci95`, a percentile bootstrap interval."""
-    return convergence.estimate(values)
-
-
-def difference(a: list[float], b: list[float]) -> Spread:
+def difference(a: list[float], b: list[float]) -> Estimate:
     """Median over the seeds of a - b, with its interval."""
     return estimate([x - y for x, y in zip(a, b, strict=True)])
 
 
-def points_text(value: Spread) -> str:
+def points_text(value: Estimate) -> str:
     """An estimate in percentage points: "+1.2 [+0.3, +2.0]"."""
-    median, (low, high) = value["median"], value["ci95"]
-    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * v for v in (median, low, high)))
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * v for v in known(value)))
 
 
-def percent_cell(value: Spread | None) -> str:
+def percent_cell(value: Estimate | None) -> str:
     """An estimate in per cent as a cell of a table, in two lines; "-" for None."""
-    return text.estimate(value, text.percent, open_end="-", missing="-")
+    return text.cell(value._replace(seeds=2), text.percent) if value else "-"
 
 
-def draw_percent(ax: Axes, x: Sequence[float], values: Sequence[Spread], **look: Any) -> None:
+def known(value: Estimate) -> tuple[float, float, float]:
+    """Returns median, low and high end of an estimate that every run has a number for."""
+    median, (low, high) = value.median, value.ci95
+    assert median is not None
+    assert low is not None
+    assert high is not None
+    return median, low, high
+
+
+def draw_percent(ax: Axes, x: Sequence[float], values: Sequence[Estimate], **look: Any) -> None:
     """Medians in per cent as a line, with their intervals; `look` as of `errorbar`."""
-    middle = [100 * v["median"] for v in values]
-    ends = [[100 * end for end in v["ci95"]] for v in values]
+    middle, low, high = 100 * np.array([known(v) for v in values]).T
     # Resampled medians lie around the median, which rounding may put a hair outside.
-    low = [max(m - e[0], 0) for m, e in zip(middle, ends, strict=True)]
-    high = [max(e[1] - m, 0) for m, e in zip(middle, ends, strict=True)]
-    ax.errorbar(x, middle, (low, high), capsize=2.5, elinewidth=1, **look)
+    ends = np.maximum([middle - low, high - middle], 0)
+    ax.errorbar(x, middle, ends, capsize=2.5, elinewidth=1, **look)

@@ -22,18 +22,15 @@ from bn_jax.lab.data import Dataset
 from bn_jax.lab.data.cache import default_cache_dir
 from bn_jax.lab.findings import Findings
 from bn_jax.lab.progress import Progress
-from bn_jax.lab.report.comparison import same_point
 from bn_jax.lab.report.page import write
 from bn_jax.lab.report.terminal import print_summary
 from bn_jax.lab.resumable import Resumable
-from bn_jax.lab.sweeps import Budget, Point
+from bn_jax.lab.statistics import ArmResult, Budget, Point, Record, Summary
 from bn_jax.lab.sweeps.sweep import alike
 from bn_jax.lab.training import distributed
 from bn_jax.lab.training.run import Run, Swept
 from bn_jax.lab.watchers import Watch, live, note
 from bn_jax.xla import keep_compiled, set_up
-
-Record = dict[str, Any]  # of a run, as records.jsonl has it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +64,8 @@ class Training(Generic[C]):
       config, dataset: of the experiment.
       runs: what trained each arm.
       records: of all runs.
-      summary: what `summary.json` has of it so far.
+      about: what `summary.json` has of the experiment.
+      result: of the comparison, where arms are compared with a baseline.
       train: trains further arms as those were, seen by the same watcher; their records.
     """
 
@@ -75,12 +73,19 @@ class Training(Generic[C]):
     dataset: Dataset
     runs: Mapping[str, Run]
     records: list[Record]
-    summary: dict[str, Any]
+    about: dict[str, Any]
+    result: Summary | None = None
     train: Callable[[Mapping[str, Plan]], list[Record]] = lambda plans: []
 
-    def at(self, row: Mapping[str, Any]) -> list[Record]:
-        """The records of the arm and point of the grid that a row of the summary is about."""
-        return [record for record in self.records if same_point(record, row)]
+    @property
+    def summary(self) -> Summary:
+        """The result of the comparison."""
+        assert self.result is not None, "no arms were compared"
+        return self.result
+
+    def at(self, arm: ArmResult) -> list[Record]:
+        """The records of an arm at its point of the grid."""
+        return arm.runs(self.records)
 
     def model(self, arm: str, point: Point) -> nn.Module:
         """The arm's network as it is at a point of the grid."""
@@ -137,7 +142,7 @@ def run_experiment(
         records = train_arms(plans)
         about = {"experiment": experiment, "question": question}
         about |= {"dataset": config.dataset, "model": config.model}
-        found = conclude(Training(config, dataset, runs, records, about, train_arms))
+        found = conclude(Training(config, dataset, runs, records, about, train=train_arms))
         settings["seconds"] = seconds(resumable.records, time.perf_counter() - start)
         summary = about | found.to_json() | {"seconds": settings["seconds"]}
         page = write(records, summary, settings, folder, found.figures)
@@ -218,7 +223,9 @@ def train(
         resumable.training(),
         Progress(sum(budget.steps * count for _, budget, count in trained)) as progress,
         live(folder if config.tensorboard else None) as write,
-        report.rewrite_records(folder / "records.jsonl", records) as file,
+        report.rewrite_records(
+            folder / "records.jsonl", [record.to_json() for record in records]
+        ) as file,
     ):
         progress.advance(resumable.done(plans))
         for name, plan in resumable.rest(plans):
@@ -232,22 +239,23 @@ def train(
                 resumable.after(name, evaluation, records)
 
             for finished in sweeps.sweep(
-                plan.run, dataset, plan.points, plan.seeds, plan.budget,
+                plan.run, dataset, plan.points, plan.seeds, plan.budget, arm=name,
                 max_runs_at_once=config.max_runs_at_once, parallel=parallel,
                 on_evaluation=see, **resumable.where(name),
             ):  # fmt: skip
                 for record in finished:
-                    if resumable.add({"arm": name, **record}):
-                        report.append_record(file, records[-1])
+                    if resumable.add(record):
+                        report.append_record(file, record.to_json())
         resumable.ended(plans)
-    return [record for record in records if record["arm"] in plans]
+    return [record for record in records if record.arm in plans]
 
 
-def seconds(records: list[Record], total: float) -> dict[str, float]:
+def seconds(records: Sequence[Record], total: float) -> dict[str, float]:
     """Where the time went, in seconds; `training` and `evaluation` are summed over runs."""
-    compilation = {r["arm"]: r["seconds"]["compilation"] for r in records}
+    compilation = {r.arm: r.seconds.compilation for r in records}
     return {
         "total": total,
         "compilation": sum(compilation.values()),
-        **{k: sum(r["seconds"][k] for r in records) for k in ("training", "evaluation")},
+        "training": sum(r.seconds.training for r in records),
+        "evaluation": sum(r.seconds.evaluation for r in records),
     }

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from bn_jax.lab.report.tables import Table
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -50,18 +52,22 @@ class Findings:
     """What an experiment concludes from what was trained.
 
     Attributes:
-      summary: further entries of `summary.json`; shown as tables are those of `tables`, each
-        with `title`, `header` and `rows`.
+      summary: further entries of `summary.json`.
+      tables: of the experiment's own.
       published: the source's numbers beside ours.
       figures: (name of the file, caption, figure).
     """
 
     summary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tables: Sequence[Table] = ()
     published: Sequence[Published] | None = None
     figures: Sequence[tuple[str, str, Figure]] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The entries of `summary.json`, `published` among them where there are such rows."""
-        if self.published is None:
-            return dict(self.summary)
-        return {**self.summary, "published": [row.to_json() for row in self.published]}
+        found = dict(self.summary)
+        if self.tables:
+            found["tables"] = [table.to_json() for table in self.tables]
+        if self.published is not None:
+            found["published"] = [row.to_json() for row in self.published]
+        return found

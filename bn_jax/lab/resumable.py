@@ -15,10 +15,10 @@ import jax
 import numpy as np
 from flax.serialization import msgpack_restore, msgpack_serialize
 
-from bn_jax.errors import UserError
 from bn_jax.lab.flags import Stopped
 from bn_jax.lab.report import read_records
-from bn_jax.lab.sweeps import Evaluation, Point
+from bn_jax.lab.statistics import Point, Record
+from bn_jax.lab.sweeps import Evaluation
 from bn_jax.lab.sweeps.sweep import Underway
 from bn_jax.lab.training.distributed import any_process
 from bn_jax.lab.training.signals import on_sigterm
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 END = sys.maxsize  # number of a chunk past the last
 T = TypeVar("T")
-Record = dict[str, Any]
 
 
 class Where(TypedDict, total=False):
@@ -65,8 +64,8 @@ class Resumable:
         about = found.extra if found else {"arm": None, "number": 0, "records": [], "steps": 0}
         self.records: list[Record] = []
         self._known: set[tuple[str, Point, int]] = set()
-        for record in about["records"] + _records(folder / "records.jsonl"):
-            self.add(record)
+        for line in about["records"] + _records(folder / "records.jsonl"):
+            self.add(Record.from_json(line))
         self._before = self._steps = about["steps"]
         self._arm, self._number, self._bytes = (
             about["arm"],
@@ -94,10 +93,9 @@ class Resumable:
 
     def add(self, record: Record) -> bool:
         """Whether the record is of a run that had none: then it is in `records` now."""
-        run = _run(record)
-        new = run not in self._known
+        new = record.run not in self._known
         if new:
-            self._known.add(run)
+            self._known.add(record.run)
             self.records.append(record)
         return new
 
@@ -107,7 +105,7 @@ class Resumable:
         done = min(total, self._before)
         self._before -= done
         if self._kept is None:
-            own = [plans[r["arm"]].budget.steps for r in self.records if r["arm"] in plans]
+            own = [plans[r.arm].budget.steps for r in self.records if r.arm in plans]
             done = max(done, sum(own))
         return done
 
@@ -173,9 +171,14 @@ class Resumable:
         rest = jax.tree.map(np.asarray, {"history": underway.history, "kept": kept})
         content = np.frombuffer(msgpack_serialize(rest), np.uint8)
         about = {
-            "arm": arm, "number": number, "done": underway.done, "seconds": underway.seconds,
-            "records": records, "steps": self._steps, "bytes": content.size,
-        }  # fmt: skip
+            "arm": arm,
+            "number": number,
+            "done": underway.done,
+            "seconds": underway.seconds,
+            "records": [record.to_json() for record in records],
+            "steps": self._steps,
+            "bytes": content.size,
+        }
         self._checkpoints.save(step, {"state": underway.state, "rest": content}, about)
         self._saved_at = time.monotonic()
 
@@ -187,15 +190,6 @@ class Resumable:
 def _records(path):
     """Those of an earlier start; none with several processes, which may not see the same."""
     return read_records(path) if jax.process_count() == 1 and path.exists() else []
-
-
-def _run(record):
-    try:
-        return record["arm"], Point.of(record), record["seed"]
-    except KeyError as e:
-        raise UserError(
-            f"a record in records.jsonl has no {e}: delete that line, and its run is made again"
-        ) from e
 
 
 def _text(key):

@@ -5,12 +5,12 @@ Learning curves, and where the grid has several points what every learning rate 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bn_jax.lab.report.comparison import Arm, Comparison
+from bn_jax.lab.report.comparison import Outcome
 from bn_jax.lab.report.heatmap import heat_maps
 from bn_jax.lab.report.plotting import (
     Style,
@@ -23,17 +23,19 @@ from bn_jax.lab.report.plotting import (
     strip_axis,
     tidy,
 )
-from bn_jax.lab.report.text import Estimate, finite, plural, whole
+from bn_jax.lab.report.text import plural, whole
+from bn_jax.lab.statistics import ArmResult, Record
+from bn_jax.lab.statistics.convergence import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Records = Sequence[Mapping[str, Any]]
+Records = Sequence[Record]
 ROW = 0.06  # height of a row of hollow markers beside a panel of 1
 
 
-def of_comparison(records: Records, comparison: Comparison) -> list[tuple[str, str, Figure]]:
+def of_comparison(records: Records, comparison: Outcome) -> list[tuple[str, str, Figure]]:
     """Name of the file, caption and figure of each."""
     c, curves = comparison, learning_curves(records, comparison)
     found = [("learning_curves.png", _curves_caption(c), curves)]
@@ -45,7 +47,7 @@ def of_comparison(records: Records, comparison: Comparison) -> list[tuple[str, s
     return [(name, " ".join(caption.split()), figure) for name, caption, figure in found]
 
 
-def learning_curves(records: Records, comparison: Comparison) -> Figure:
+def learning_curves(records: Records, comparison: Outcome) -> Figure:
     """Test accuracy of each arm at its own best point, against steps and against seconds.
 
     Lines are medians over the runs, bands reach from quartile to quartile. A run counts
@@ -57,12 +59,18 @@ def learning_curves(records: Records, comparison: Comparison) -> Figure:
     for place, arm in enumerate(comparison.arms):
         if not (runs := arm.runs(records)):
             continue
-        accuracy = [[finite(a) or 0.0 for a in run["test_accuracy"]] for run in runs]
+        accuracy = [[a or 0.0 for a in run.test_accuracy] for run in runs]
         quartiles = np.quantile(100 * np.array(accuracy), (0.25, 0.5, 0.75), axis=0)
-        steps, style = np.asarray(runs[0]["steps"], float), styles[arm.arm]
+        steps, style = np.asarray(runs[0].steps, float), styles[arm.arm]
         _draw_curve(steps_panel, steps, quartiles, style, place)
-        _draw_curve(seconds_panel, steps * _per_step(runs), quartiles, style, place)
-        lost = sum(run["diverged_at"] is not None for run in runs)
+        _draw_curve(
+            seconds_panel,
+            steps * np.median([run.seconds.per_step for run in runs]),
+            quartiles,
+            style,
+            place,
+        )
+        lost = sum(run.diverged_at is not None for run in runs)
         count = plural(len(runs), "run") + (f", {lost} diverged" if lost else "")
         steps_panel.lines[-1].set_label(f"{arm.arm}, {comparison.label(arm)} ({count})")
     tidy(steps_panel, "training steps", "test accuracy (%)")
@@ -77,7 +85,7 @@ def learning_curves(records: Records, comparison: Comparison) -> Figure:
     return figure
 
 
-def steps_against_rate(comparison: Comparison) -> Figure:
+def steps_against_rate(comparison: Outcome) -> Figure:
     """Median steps to the target against the learning rate, with the 95 % interval.
 
     Each arm at the initial scale and momentum of its best point. A rate at which the
@@ -100,7 +108,7 @@ def steps_against_rate(comparison: Comparison) -> Figure:
     return figure
 
 
-def accuracy_against_rate(comparison: Comparison) -> Figure:
+def accuracy_against_rate(comparison: Outcome) -> Figure:
     """Final test accuracy against the learning rate; heat maps where the scale varies too.
 
     Medians with 95 % intervals. A rate at which half of the runs or more diverged is a
@@ -127,12 +135,6 @@ def accuracy_against_rate(comparison: Comparison) -> Figure:
     return figure
 
 
-def _per_step(runs: Records) -> float:
-    """Median over the runs; NaN, which draws nothing, where no run was timed."""
-    timed = [finite((run.get("seconds") or {}).get("per_step")) for run in runs]
-    return float(np.median([s for s in timed if s is not None] or [np.nan]))
-
-
 def _draw_curve(
     ax: Axes, x: np.ndarray, quartiles: np.ndarray, style: Style, place: int
 ) -> None:
@@ -156,9 +158,7 @@ def _ends(estimate: Estimate, top: float) -> list[float]:
     return [median if low is None else low, median, top if high is None else high]
 
 
-def _draw_arms(
-    ax: Axes, strip: Axes, comparison: Comparison, ends: Sequence[np.ndarray]
-) -> None:
+def _draw_arms(ax: Axes, strip: Axes, comparison: Outcome, ends: Sequence[np.ndarray]) -> None:
     """The estimates of each arm into `ax`, the points without one into `strip`."""
     styles = arm_styles(arm.arm for arm in comparison.arms)
     for place, (arm, (low, middle, high)) in enumerate(zip(comparison.arms, ends, strict=True)):
@@ -174,7 +174,7 @@ def _draw_arms(
                 _draw_hollow(strip, rate, place, style, point)
 
 
-def _draw_hollow(strip: Axes, rate: float, place: int, style: Style, point: Arm) -> None:
+def _draw_hollow(strip: Axes, rate: float, place: int, style: Style, point: ArmResult) -> None:
     marker = {"color": style.color, "linestyle": "", "clip_on": False, "zorder": 3}
     strip.plot([rate], [-place], style.marker, markersize=6, markerfacecolor="white", **marker)
     if point.lost:
@@ -193,9 +193,7 @@ def _step_axis(ax: Axes, steps: np.ndarray, budget: int) -> None:
     ax.minorticks_off()
 
 
-def _finish(
-    figure: Figure, ax: Axes, lowest: Axes, comparison: Comparison, ylabel: str
-) -> None:
+def _finish(figure: Figure, ax: Axes, lowest: Axes, comparison: Outcome, ylabel: str) -> None:
     tidy(ax, ylabel=ylabel)
     lowest.set_xlabel("learning rate")
     rate_axis(ax, comparison.rates)
@@ -203,7 +201,7 @@ def _finish(
     add_legend(figure, ax)
 
 
-def _curves_caption(comparison: Comparison) -> str:
+def _curves_caption(comparison: Outcome) -> str:
     return f"""Learning curves of each arm at its own best point. The line is the median
         over its runs, the band reaches from the lower to the upper quartile. Left against
         training steps, right against training time per run, without compilation and
@@ -211,7 +209,7 @@ def _curves_caption(comparison: Comparison) -> str:
         is the target. {_stretch(comparison, "accuracy axis")}"""
 
 
-def _steps_caption(comparison: Comparison) -> str:
+def _steps_caption(comparison: Outcome) -> str:
     return f"""Steps to the target at every learning rate{_fixed(comparison)}.
         {_medians(comparison)} A bar that ends at the budget of {whole(comparison.budget)}
         steps is open. Hollow markers in the grey strip: the median run does not reach the
@@ -219,7 +217,7 @@ def _steps_caption(comparison: Comparison) -> str:
         sideways so that they do not hide each other."""
 
 
-def _accuracy_caption(comparison: Comparison) -> str:
+def _accuracy_caption(comparison: Outcome) -> str:
     if comparison.scales_vary:
         return f"""Final test accuracy at every learning rate and initial scale. Medians over
             {_runs(comparison)} at each point, all arms on one colour scale. Framed: the arm's
@@ -231,24 +229,24 @@ def _accuracy_caption(comparison: Comparison) -> str:
         {_stretch(comparison, "accuracy axis")}"""
 
 
-def _stretch(comparison: Comparison, what: str) -> str:
+def _stretch(comparison: Outcome, what: str) -> str:
     return f"The {what} is stretched towards 100 %." if comparison.near_best else ""
 
 
-def _fixed(comparison: Comparison) -> str:
+def _fixed(comparison: Outcome) -> str:
     """Which slice of the grid is shown, where it has more than rates."""
     names = (("initial scale", "init_scale"), ("momentum", "momentum"))
     varied = [name for name, key in names if len(comparison.values(key)) > 1]
     return f", each arm at the {' and '.join(varied)} of its best point" if varied else ""
 
 
-def _medians(comparison: Comparison) -> str:
+def _medians(comparison: Outcome) -> str:
     if max(arm.seeds for arm in comparison.arms) == 1:
         return "One run at each point, so no interval."
     return f"Medians over {_runs(comparison)} at each point, with their 95 % intervals."
 
 
-def _runs(comparison: Comparison) -> str:
+def _runs(comparison: Outcome) -> str:
     counts = sorted({arm.seeds for arm in comparison.arms})
     last = plural(counts[-1], "run")
     return last if len(counts) == 1 else f"{counts[0]} to {last}"

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bn_jax.lab.report.comparison import Arm, Comparison
+from bn_jax.lab.report.comparison import Outcome
 from bn_jax.lab.report.plotting import GREY, SMALL, accuracy_scale, new_figure
 from bn_jax.lab.report.text import number
+from bn_jax.lab.statistics import ArmResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-def heat_maps(comparison: Comparison) -> Figure:
+def heat_maps(comparison: Outcome) -> Figure:
     """Median final test accuracy in per cent, rate by scale, one colour scale for all arms.
 
     Each arm at the momentum of its best point, which has a frame. A point of which half
@@ -66,7 +67,7 @@ def _panels(count: int, scales: int) -> tuple[Figure, list[Axes]]:
 
 
 def _medians(
-    comparison: Comparison, arm: Arm, rates: Sequence[float], scales: Sequence[float]
+    comparison: Outcome, arm: ArmResult, rates: Sequence[float], scales: Sequence[float]
 ) -> np.ndarray:
     """`[scale, rate]` in per cent; NaN where half of the runs or more diverged."""
     medians = np.full((len(scales), len(rates)), np.nan)
@@ -87,7 +88,9 @@ def _name_values(ax: Axes, medians: np.ndarray, brightness: np.ndarray) -> None:
             ax.text(column, row, form.format(value), **at)
 
 
-def _mark_best(ax: Axes, arm: Arm, rates: Sequence[float], scales: Sequence[float]) -> None:
+def _mark_best(
+    ax: Axes, arm: ArmResult, rates: Sequence[float], scales: Sequence[float]
+) -> None:
     """A frame around the best point, and the names of the axes' values."""
     row, column = scales.index(arm.init_scale), rates.index(arm.learning_rate)
     x = np.array([-0.5, 0.5, 0.5, -0.5, -0.5]) + column

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from bn_jax.lab.report import figures as drawings
-from bn_jax.lab.report.comparison import Comparison
+from bn_jax.lab.report.comparison import Outcome
 from bn_jax.lab.report.files import write_atomically
 from bn_jax.lab.report.sentences import answer
 from bn_jax.lab.report.tables import (
@@ -25,6 +25,7 @@ from bn_jax.lab.report.tables import (
     summary_table,
 )
 from bn_jax.lab.report.text import number, plural, subject, whole
+from bn_jax.lab.statistics import Record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -98,7 +99,7 @@ def render(page: Page) -> str:
 
 
 def write(
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[Record],
     summary: Mapping[str, Any],
     config: Mapping[str, Any],
     folder: str | Path,
@@ -124,7 +125,7 @@ def write(
     write_json(folder / "summary.json", summary)
     drawn = [*more]
     if "speedup" in summary:
-        drawn = [*drawings.of_comparison(records, Comparison.of(summary)), *more]
+        drawn = [*drawings.of_comparison(records, Outcome.of(summary)), *more]
     figures = [save(folder / "figures" / name, text, f) for name, text, f in drawn]
     if figures:
         captions = {figure.name: figure.caption for figure in figures}
@@ -161,7 +162,7 @@ def page_of(
     if "speedup" not in summary:
         measured = f"Measured on {subject(summary)}."
         return Page(title, [*beside, shown, *own], config, [measured])
-    comparison = Comparison.of(summary)
+    comparison = Outcome.of(summary)
     sections = [_section(summary_table(comparison)), *beside, shown, *own]
     if comparison.same and (same := same_rate_table(comparison)):
         sections.append(_section(same, answer(comparison.same)))
@@ -174,7 +175,7 @@ def _section(table: Table, text: Sequence[str] = ()) -> Section:
     return Section(table.title, text, table)
 
 
-def _protocol(comparison: Comparison) -> str:
+def _protocol(comparison: Outcome) -> str:
     """What was run, in two sentences."""
     rates = comparison.rates
     seeds = max(arm.seeds for arm in comparison.arms)
@@ -190,7 +191,7 @@ def _protocol(comparison: Comparison) -> str:
     )
 
 
-def _meanings(comparison: Comparison, every: int | None) -> dict[str, str]:
+def _meanings(comparison: Outcome, every: int | None) -> dict[str, str]:
     resolution = f", here {plural(every, 'step')}" if every else ""
     meanings = {
         "steps to target": "The step of the first evaluation at or above the target, so it is "
@@ -212,7 +213,7 @@ def _meanings(comparison: Comparison, every: int | None) -> dict[str, str]:
         "train: the smallest and the largest of the grid that do.",
         "diverged": "A run whose loss stopped being a finite number.",
     }
-    if "baseline" in comparison.chosen:
+    if "baseline" in comparison.target.chosen:
         meanings["target"] = (
             "The best of the baseline: at the learning rate at which it is most accurate on "
             "the validation set, the median over seeds of each run's best test accuracy."

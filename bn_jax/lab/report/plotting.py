@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from bn_jax.lab.report.comparison import Comparison
+from bn_jax.lab.report.comparison import Outcome
 from bn_jax.lab.report.text import number
 
 if TYPE_CHECKING:
@@ -95,20 +95,20 @@ def strip_axis(strip: Axes, rows: int, label: str) -> None:
     strip.spines[:].set_visible(False)
 
 
-def accuracy_axis(ax: Axes, comparison: Comparison) -> None:
+def accuracy_axis(ax: Axes, comparison: Outcome) -> None:
     """0 to 100 %, with the room near 100 where the arms are told apart, and the target."""
     forward, inverse, ticks = accuracy_scale(comparison.near_best)
     ax.set_yscale("function", functions=(forward, inverse))
     ax.set_ylim(0, 100)
     ax.set_yticks(ticks)
     ax.minorticks_off()
-    level = 100 * comparison.target
+    level = 100 * comparison.target.value
     ax.axhline(level, color=GREY, linewidth=1, linestyle=DASHED, zorder=1.5)
 
 
-def name_target(ax: Axes, comparison: Comparison) -> None:
+def name_target(ax: Axes, comparison: Outcome) -> None:
     """The value of the target, to the right of its line."""
-    level = 100 * comparison.target
+    level = 100 * comparison.target.value
     ax.annotate(
         f"target\n{level:.4g} %",
         (1, level),

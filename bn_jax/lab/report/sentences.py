@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 
-from bn_jax.lab.report.comparison import Arm, Comparison, Ratio, Speedup
+from bn_jax.lab.report.comparison import Outcome
 from bn_jax.lab.report.text import number, whole
+from bn_jax.lab.statistics import ArmResult
+from bn_jax.lab.statistics.convergence import Ratio
+from bn_jax.lab.statistics.summary import Speedup
 
 STEPS = ("fewer steps", "more steps", "as many steps")
 SECONDS = ("less time", "more time", "as much time")
 
 
-def speedup_lines(comparison: Comparison) -> list[str]:
+def speedup_lines(comparison: Outcome) -> list[str]:
     """One sentence per arm and its baseline: at their own best rates, then at the same rate.
 
     Between them, where the best rate of an arm is at an end of the grid, one that says so.
@@ -27,7 +30,7 @@ def speedup_lines(comparison: Comparison) -> list[str]:
     return lines or answer(comparison)
 
 
-def answer(comparison: Comparison) -> list[str]:
+def answer(comparison: Outcome) -> list[str]:
     """The sentences on the arms at their best points; one where there is no second arm."""
     lines = [_sentence(s, comparison.budget) for s in comparison.speedups]
     names = ", ".join(arm.arm for arm in comparison.arms) or "no arm at all"
@@ -35,7 +38,7 @@ def answer(comparison: Comparison) -> list[str]:
     return lines + _at_an_end(comparison) or nothing
 
 
-def _at_an_end(comparison: Comparison) -> list[str]:
+def _at_an_end(comparison: Outcome) -> list[str]:
     """ "bn's best learning rate, 3, is the largest that was tried." in a list, or nothing."""
     found = []
     for arm in comparison.arms if comparison.speedups else ():
@@ -50,6 +53,7 @@ def _at_an_end(comparison: Comparison) -> list[str]:
 
 def _sentence(speedup: Speedup, budget: int) -> str:
     arm, base, steps, seconds = speedup
+    steps, seconds = _known(steps), _known(seconds)
     if not (amount := _amount(steps, STEPS)):
         return _without_ratio(arm, base, budget)
     single = min(arm.seeds, base.seeds) == 1
@@ -65,6 +69,12 @@ def _sentence(speedup: Speedup, budget: int) -> str:
     return text + "."
 
 
+def _known(part: Ratio) -> Ratio:
+    """A ratio whose numbers of 0, which stand for infinitely many, are None."""
+    low, high = (end or None for end in part.ci95)
+    return Ratio(part.ratio or None, (low, high), part.at_least or None)
+
+
 def _amount(part: Ratio, words: tuple[str, str, str]) -> str:
     """ "2.9 times fewer steps"; "" where there is nothing to tell."""
     fewer, more, equal = words
@@ -78,7 +88,7 @@ def _amount(part: Ratio, words: tuple[str, str, str]) -> str:
 
 def _interval(part: Ratio, name: str = "") -> str:
     """ " [2.4 to 3.3]", inverted where the ratio is told as its inverse."""
-    low, high = part.low, part.high
+    low, high = part.ci95
     chance = (low or 0) <= 1 <= (high or math.inf) and not _equal(part)
     if not _faster(part):
         low, high = high and 1 / high, low and 1 / low
@@ -97,7 +107,7 @@ def _faster(part: Ratio) -> bool:
     return part.ratio is None or part.ratio >= 1 or _equal(part)
 
 
-def _without_ratio(arm: Arm, base: Arm, budget: int) -> str:
+def _without_ratio(arm: ArmResult, base: ArmResult, budget: int) -> str:
     """For arms of which half of the runs or more do not reach, or do so at step 0."""
     within = f"reach the target within {whole(budget)} steps"
     ours, theirs = arm.steps_to_target.median, base.steps_to_target.median

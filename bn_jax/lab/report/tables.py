@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bn_jax.lab.report.comparison import Arm, Comparison
-from bn_jax.lab.report.text import number, padded, percent, whole
+from bn_jax.lab.report.comparison import Outcome
+from bn_jax.lab.report.text import cell, number, padded, percent, whole
+from bn_jax.lab.statistics import ArmResult
 
 MEASURED = ("steps to target", "seconds to target", "best test accuracy (%)")
 COUNTED = ("runs reached", "runs diverged")
@@ -27,8 +28,12 @@ class Table:
     rows: Sequence[Sequence[str]]
     note: str = ""
 
+    def to_json(self) -> dict[str, Any]:
+        """Returns an entry of `tables` of `summary.json`."""
+        return {"title": self.title, "header": [*self.header], "rows": [*map(list, self.rows)]}
 
-def summary_table(comparison: Comparison) -> Table:
+
+def summary_table(comparison: Outcome) -> Table:
     """A row per arm at its own best point.
 
     A cell with an interval has two lines, "310" and "[290, 350]"; one seed has no interval.
@@ -42,7 +47,7 @@ def summary_table(comparison: Comparison) -> Table:
     return Table("Each arm at its own best learning rate", header, rows, note)
 
 
-def same_rate_table(comparison: Comparison) -> Table | None:
+def same_rate_table(comparison: Outcome) -> Table | None:
     """The same table at the baseline's rate for all arms; None where that was not measured."""
     if not (same := comparison.same):
         return None
@@ -71,12 +76,12 @@ def own_tables(summary: Mapping[str, Any]) -> list[Table]:
     return [table for table in tables if table.rows]
 
 
-def _rows(header: Sequence[str], comparison: Comparison) -> list[list[str]]:
+def _rows(header: Sequence[str], comparison: Outcome) -> list[list[str]]:
     cells = (_cells(arm, comparison) for arm in comparison.arms)
     return [[row[name] for name in header] for row in cells]
 
 
-def _cells(arm: Arm, comparison: Comparison) -> dict[str, str]:
+def _cells(arm: ArmResult, comparison: Outcome) -> dict[str, str]:
     """The cells of an arm, by the name of the column."""
     late, lost = f">{whole(comparison.budget)}", "not reached"
     low, high = map(number, arm.trainable_learning_rates or (0, 0))
@@ -84,10 +89,12 @@ def _cells(arm: Arm, comparison: Comparison) -> dict[str, str]:
     return {
         "arm": arm.arm,
         "best learning rate": "\n".join([number(arm.learning_rate), *comparison.others(arm)]),
-        "steps to target": arm.steps_to_target.text(whole, open_end=late, missing=lost),
-        "seconds to target": arm.seconds_to_target.text(padded, open_end="never", missing=lost),
-        "best test accuracy (%)": arm.max_accuracy.text(percent),
-        "final test accuracy (%)": arm.final_accuracy.text(percent),
+        "steps to target": cell(arm.steps_to_target, whole, open_end=late, missing=lost),
+        "seconds to target": cell(
+            arm.seconds_to_target, padded, open_end="never", missing=lost
+        ),
+        "best test accuracy (%)": cell(arm.max_accuracy, percent),
+        "final test accuracy (%)": cell(arm.final_accuracy, percent),
         "trains": SAID[arm.trains],
         "rates that train": rates if arm.trainable_learning_rates else "no rate",
         "runs reached": arm.count,

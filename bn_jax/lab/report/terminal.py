@@ -11,7 +11,7 @@ from rich.box import Box
 from rich.console import Console
 from rich.text import Text
 
-from bn_jax.lab.report.comparison import Comparison
+from bn_jax.lab.report.comparison import Outcome
 from bn_jax.lab.report.sentences import speedup_lines
 from bn_jax.lab.report.tables import Table, Wrong, own_tables, published_table, summary_table
 from bn_jax.lab.report.text import subject
@@ -28,7 +28,7 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
     """
     console = console or Console(highlight=False)
     if "speedup" in summary:
-        comparison = Comparison.of(summary)
+        comparison = Outcome.of(summary)
         console.print(Text(f"{comparison.headline}\n"))
         console.print(_table(_narrow(summary_table(comparison))))
         for line in speedup_lines(comparison):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
+
+from bn_jax.lab.statistics.convergence import Estimate, Interval
 
 Format = Callable[[float], str]
-Interval = tuple[float | None, float | None]
 
 
 def finite(value: float | None) -> float | None:
@@ -51,48 +52,22 @@ def subject(summary: Mapping[str, Any]) -> str:
     return ", ".join(str(summary[key]) for key in keys if summary.get(key))
 
 
-class Estimate(NamedTuple):
-    """A median over runs, and its 95 % interval.
-
-    Attributes:
-      median: None where half of the runs or more have no such number.
-      interval: its ends, None where one is infinite; None of a single run, whose bootstrap
-        has no width and would pass for certain.
-    """
-
-    median: float | None = None
-    interval: Interval | None = None
-
-    @classmethod
-    def of(cls, value: Mapping[str, Any] | None, seeds: int) -> Estimate:
-        """An estimate from `median` and `ci95` of `summary.json`."""
-        value = value or {}
-        low, high = value.get("ci95") or (None, None)
-        ends = finite(low), finite(high)
-        return cls(finite(value.get("median")), ends if seeds > 1 else None)
-
-    def text(self, form: Format, *, open_end: str = "-", missing: str = "-") -> str:
-        """Two lines, "310" and "[290, 350]"; `missing` stands for no median."""
-        first = missing if self.median is None else form(self.median)
-        return f"{first}\n{bracketed(self.interval, form, open_end)}".rstrip()
+def cell(estimate: Estimate, form: Format, *, open_end: str = "-", missing: str = "-") -> str:
+    """Two lines, "310" and "[290, 350]"; `missing` stands for no median."""
+    first = missing if estimate.median is None else form(estimate.median)
+    return f"{first}\n{bracketed(estimate.interval, form, open_end)}".rstrip()
 
 
-def bracketed(ends: Interval | list[float | None] | None, form: Format, open_end: str) -> str:
-    """ "[290, 350]", with `open_end` for an end that is None; "" where both are."""
-    ends = [finite(end) for end in ends or (None, None)]
-    if ends == [None, None]:
-        return ""
-    return "[" + ", ".join(open_end if end is None else form(end) for end in ends) + "]"
-
-
-def estimate(
-    value: Mapping[str, Any] | None, form: Format, *, open_end: str, missing: str
-) -> str:
-    """`Estimate.text` of the `median` and `ci95` of `summary.json`."""
-    return Estimate.of(value, 2).text(form, open_end=open_end, missing=missing)
-
-
-def in_line(value: Mapping[str, Any], form: Format, seeds: int) -> str:
+def in_line(estimate: Estimate, form: Format) -> str:
     """ "310 [290, ∞]"; a single run, or a missing median, has no interval."""
-    found = Estimate.of(value, seeds if value["median"] is not None else 1)
-    return found.text(form, open_end="∞", missing="not reached").replace("\n", " ")
+    if estimate.median is None:
+        return "not reached"
+    return cell(estimate, form, open_end="∞").replace("\n", " ")
+
+
+def bracketed(ends: Interval | None, form: Format, open_end: str) -> str:
+    """ "[290, 350]", with `open_end` for an end that is None or infinite; "" where both are."""
+    known = [finite(end) for end in ends or (None, None)]
+    if known == [None, None]:
+        return ""
+    return "[" + ", ".join(open_end if end is None else form(end) for end in known) + "]"

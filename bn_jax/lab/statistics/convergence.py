@@ -7,14 +7,71 @@ many steps: it is never dropped, and never averaged in.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 RESAMPLES = 10_000
 
 Needed = Sequence[float | None]
+Interval = tuple[float | None, float | None]
+
+
+class Estimate(NamedTuple):
+    """A median over runs, and its 95 % interval; `median` and `ci95` of `summary.json`.
+
+    Attributes:
+      median: None where half of the runs or more have no such number.
+      ci95: its ends, None where one is infinite.
+      seeds: how many runs.
+    """
+
+    median: float | None = None
+    ci95: Interval = (None, None)
+    seeds: int = 1
+
+    @property
+    def interval(self) -> Interval | None:
+        """The interval; None for one run, whose bootstrap has no width."""
+        return self.ci95 if self.seeds > 1 else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns an entry of `summary.json`."""
+        return {"median": self.median, "ci95": list(self.ci95)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any] | None, seeds: int) -> Estimate:
+        """Reads what `to_json` returned; None is an estimate without a median."""
+        if not value:
+            return cls(seeds=seeds)
+        low, high = value.get("ci95") or (None, None)
+        return cls(value.get("median"), (low, high), seeds)
+
+
+class Ratio(NamedTuple):
+    """A baseline's median over an arm's.
+
+    Attributes:
+      ratio: None where either median is missing or 0.
+      ci95: the ends of its 95 % interval; None where one is infinite.
+      at_least: a bound where only the baseline's median is missing.
+    """
+
+    ratio: float | None
+    ci95: Interval
+    at_least: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns an entry of `summary.json`."""
+        found: dict[str, Any] = {"ratio": self.ratio, "ci95": list(self.ci95)}
+        return found if self.at_least is None else found | {"at_least": self.at_least}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Ratio:
+        """Reads what `to_json` returned."""
+        low, high = value["ci95"]
+        return cls(value.get("ratio"), (low, high), value.get("at_least"))
 
 
 def steps_to_target(
@@ -46,9 +103,24 @@ def median_interval(needed: Needed) -> list[float | None]:
     return _percentiles(medians, medians)
 
 
-def estimate(needed: Needed) -> dict[str, Any]:
-    """The `median` over runs and its `ci95`, as `summary.json` has them."""
-    return {"median": median(needed), "ci95": median_interval(needed)}
+def estimate(needed: Needed) -> Estimate:
+    """Returns the median over runs with its interval."""
+    low, high = median_interval(needed)
+    return Estimate(median(needed), (low, high), len(needed))
+
+
+def ratio(base: Needed, arm: Needed, budget: Needed) -> Ratio:
+    """Returns the speed-up; or, where only the base did not reach, what it is at the least.
+
+    Args:
+      base, arm: as in `speedup`.
+      budget: of every run of the base.
+    """
+    value, (low, high) = speedup(base, arm)
+    at_least, needed, most = None, median(arm), median(budget)
+    if median(base) is None and needed and most:
+        at_least = most / needed
+    return Ratio(value, (low, high), at_least)
 
 
 def mean_interval(values: Sequence[float]) -> list[float]:

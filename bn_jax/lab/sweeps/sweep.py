@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import time
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from bn_jax.lab.statistics.records import Budget, Point
+from bn_jax.lab.statistics.records import Budget, Point, Record, Seconds
 from bn_jax.lab.sweeps.engines import engine_class
 from bn_jax.lab.sweeps.grid import Chunk, chunks
 from bn_jax.lab.sweeps.layouts import layout
@@ -78,13 +79,14 @@ def sweep(
     seeds: Sequence[int],
     budget: Budget,
     *,
+    arm: str = "",
     max_runs_at_once: int | None = None,
     parallel: str = "auto",
     on_evaluation: Callable[[Evaluation], None] = lambda _: None,
     first: int = 0,
     resume: Callable[[Any], Underway | None] = lambda state: None,
     done: Callable[[Point, int], bool] = lambda point, seed: False,
-) -> Iterator[list[dict[str, Any]]]:
+) -> Iterator[list[Record]]:
     """Trains every point with every seed, compiling once.
 
     A run's key is `jax.random.key(seed)`: one seed has one order of the data and one set
@@ -95,6 +97,7 @@ def sweep(
       dataset: with splits `train`, `validation` and `test`, as `bn_jax.lab.data.load` gives.
       points, seeds: the grid.
       budget: steps and evaluations.
+      arm: its name, for the records.
       max_runs_at_once: on a device; by default as many as fit in 2 GiB by a rough estimate.
       parallel: how several devices share the work: `bn_jax.lab.sweeps.layouts.PARALLEL`.
       on_evaluation: called after every evaluation.
@@ -103,12 +106,7 @@ def sweep(
       done: whether a run need not be trained; chunks of such runs alone are passed over.
 
     Yields:
-      Records of finished runs, in the order of the grid. Each has the point, `seed`,
-      `steps`, `train_loss` and `train_accuracy` (means over the batches since the evaluation
-      before), `validation_loss`, `validation_accuracy`, `test_loss`, `test_accuracy` (lists
-      over the evaluations, None once the run is no longer finite), `diverged_at` (a step,
-      or None), `stopped_at` and `restored` (steps, or None) and `seconds`. From where it
-      stopped early a run has the numbers of the weights that it went back to.
+      Records of finished runs, in the order of the grid.
     """
     budget.check()
     one = traced(run, dataset)
@@ -130,10 +128,12 @@ def sweep(
             on_evaluation(Evaluation(run=run, dataset=dataset, number=number, **seen))
 
         history, seconds = _train(engine, chunk, budget, show, start)
-        seconds["compilation"] = compilation
+        seconds = dataclasses.replace(seconds, compilation=compilation)
         whole = {name: np.stack([h[name] for h in history]) for name in history[0]}
         yield [
-            _record(point, seed, {k: v[:, *place] for k, v in whole.items()}, budget, seconds)
+            _record(
+                arm, point, seed, {k: v[:, *place] for k, v in whole.items()}, budget, seconds
+            )
             for place, point, seed in chunk.wanted
         ]
 
@@ -191,12 +191,8 @@ def _train(engine, chunk, budget, show, start):
         done += budget.eval_every
         going = _going(chunk, done, history, budget)
         show_after(budget.eval_every + (0 if going.any() else budget.steps - done))
-    return history, {
-        "per_step": training / max(done, 1) / chunk.runs,
-        "training": training / chunk.runs,
-        "evaluation": evaluation / chunk.runs,
-        "runs_at_once": chunk.runs,
-    }
+    per_step, *whole = (s / chunk.runs for s in (training / max(done, 1), training, evaluation))
+    return history, Seconds(per_step, *whole, runs_at_once=chunk.runs)
 
 
 def _kept(history, budget, ended):
@@ -223,11 +219,18 @@ def _going(chunk, done, history, budget):
     return going
 
 
-def _record(point, seed, history, budget, seconds):
+def _record(
+    arm: str,
+    point: Point,
+    seed: int,
+    history: dict[str, np.ndarray],
+    budget: Budget,
+    seconds: Seconds,
+) -> Record:
     steps = list(range(0, budget.steps + 1, budget.eval_every))
     finite = np.isfinite([history[m] for m in METRICS]).all(0) & (history["diverged_at"] < 0)
     end = len(finite) if finite.all() else int(finite.argmin())
-    stop = budget.stop(history["validation_accuracy"][:end])
+    stop = budget.stop(history["validation_accuracy"][:end].tolist())
     diverged_at = None
     if stop is not None:
         end = stop[0] + 1
@@ -241,17 +244,18 @@ def _record(point, seed, history, budget, seconds):
         rest = None if restored is None else values[restored[1]]
         return values[:end] + [rest] * (len(steps) - end)
 
-    return {
+    return Record(
+        arm=arm,
         **point._asdict(),
-        "seed": seed,
-        "steps": steps,
+        seed=seed,
+        steps=steps,
         **{m: [None, *series(m)[1:]] for m in TRAINING},
         **{m: series(m, stop) for m in METRICS},
-        "diverged_at": diverged_at,
-        "stopped_at": None if stop is None else steps[stop[0]],
-        "restored": None if stop is None else steps[stop[1]],
-        "seconds": seconds,
-    }
+        diverged_at=diverged_at,
+        stopped_at=None if stop is None else steps[stop[0]],
+        restored=None if stop is None else steps[stop[1]],
+        seconds=seconds,
+    )
 
 
 def _timed(f, *args):
