@@ -36,6 +36,7 @@ ALLOWED = {
         "torch",
     },
     "lab": {
+        "optax",
         "bn_jax",
         "absl",
         "flax",
@@ -75,8 +76,8 @@ ALLOWED = {
         "jax",
         "numpy",
     },
-    "lab.statistics": {"numpy"},
-    "lab.report": {"jinja2", "matplotlib", "numpy", "rich"},
+    "lab.statistics": {"numpy", "scipy"},
+    "lab.report": {"bn_jax.lab.statistics", "jinja2", "matplotlib", "numpy", "rich"},
 }
 FILES = sorted(
     str(path.relative_to(ROOT))

@@ -7,11 +7,14 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from results import make_arm, make_record, make_summary, sure
 from test_settings import CIFAR
 
 from bn_jax.lab.arms import build_run
 from bn_jax.lab.data import Split
 from bn_jax.lab.experiment import Training
+from bn_jax.lab.statistics import Seconds
+from bn_jax.lab.statistics.convergence import Ratio, mean_interval
 from experiments import (
     batch_size,
     cifar_cnn,
@@ -26,8 +29,9 @@ from experiments import (
     mnist_sigmoid,
     regularisation,
 )
+from experiments.cifar_speedrun_figure import Measured
 from experiments.learning_rates import Network
-from experiments.regularisation import Cell, Measured
+from experiments.regularisation import Cell
 
 NOISE = np.linspace(-0.001, 0.001, 10)
 
@@ -36,23 +40,17 @@ def judged(rows):
     return [row.agrees for row in rows]
 
 
-def point(arm, rate=0.1, momentum=None, **more):
-    return {"arm": arm, "learning_rate": rate, "init_scale": 1.0, "momentum": momentum, **more}
-
-
 @pytest.mark.parametrize(
     ("flags", "epochs", "agrees"),
     [({}, "20 [20, 20]", True), ({"batch_size": 64, "steps": 705}, "43 [43, 43]", None)],
 )
 def test_circles(flags, epochs, agrees):
     """Epochs are those of the run; only the source's setting is judged."""
-    steps = {"median": 300, "ci95": [300, 300]}
-    arm = {"arm": "bn", "seeds": 10, "reached": 10, "steps_to_target": steps}
-    summary = {"arms": [arm], "target": {"value": 0.8}}
-    record = {"arm": "bn", "validation_accuracy": [0.846], "test_accuracy": [0.848]}
+    summary = make_summary(make_arm(steps_to_target=sure(300)))
+    record = make_record(accuracy=[0.848], validation_accuracy=[0.846])
     half = Split(jnp.zeros((500, 2)), jnp.zeros(500, int))
     dataset = CIFAR._replace(train=half, num_classes=2)
-    training = Training(circles.Config(**flags), dataset, {}, [record], summary)
+    training = Training(circles.Config(**flags), dataset, {}, [record], {}, summary)
     accuracy, to_target, setting = circles.rows(training)
     assert to_target.here.startswith(epochs)
     assert (accuracy.agrees, to_target.agrees) == (agrees, agrees)
@@ -66,10 +64,9 @@ def test_circles(flags, epochs, agrees):
 def test_cifar_cnn(accuracy, flags, agrees):
     """An accuracy agrees within two points, at full size."""
     config = dataclasses.replace(cifar_cnn.Config(network="b", **flags), eval_every=1)
-    arm = point("bn", 1e-3, 0.99, max_accuracy={"median": accuracy})
-    run = point("bn", 1e-3, 0.99, steps=[0, 1, 2], stopped_at=None)
-    run["validation_accuracy"] = [0.1, 0.5, 0.4]
-    best, epochs = cifar_cnn.accuracies(Training(config, CIFAR, {}, [run], {"arms": [arm]}))
+    summary = make_summary(make_arm(max_accuracy=sure(accuracy)))
+    run = make_record(steps=[0, 1, 2], accuracy=[0.1, 0.5, 0.4])
+    best, epochs = cifar_cnn.accuracies(Training(config, CIFAR, {}, [run], {}, summary))
     assert (best.source, best.agrees) == ("87%", agrees)
     assert ("2 epochs" in best.here) == (agrees is None)
     assert epochs.here == "2, 1"
@@ -84,15 +81,20 @@ def test_the_parameters_of_network_a():
 
 
 def test_curves_of_epochs_end_where_a_run_stopped():
-    run = point("none") | {
-        "steps": [0, 10, 20, 30, 40], "stopped_at": 20, "seconds": {"per_step": 0.5},
-        "train_loss": [None, 2.0, 1.0, None, None],
-        "train_accuracy": [None, 0.2, 0.3, None, None],
-        "validation_loss": [2.3, 2.1, 1.5, 2.1, 2.1],
-        "validation_accuracy": [0.1, 0.4, 0.35, 0.4, 0.4],
-    }  # fmt: skip
+    run = make_record(
+        "none",
+        steps=[0, 10, 20, 30, 40],
+        stopped_at=20,
+        seconds=Seconds(0.5),
+        train_loss=[None, 2.0, 1.0, None, None],
+        train_accuracy=[None, 0.2, 0.3, None, None],
+        validation_loss=[2.3, 2.1, 1.5, 2.1, 2.1],
+        accuracy=[0.1, 0.4, 0.35, 0.4, 0.4],
+    )
     config = dataclasses.replace(cifar_cnn.Config(), eval_every=10)
-    training = Training(config, CIFAR, {"none": None}, [run], {"arms": [point("none")]})
+    training = Training(
+        config, CIFAR, {"none": None}, [run], {}, make_summary(make_arm("none"))
+    )
     loss, by_time, accuracy, _ = (
         {line.get_label(): line.get_xydata() for line in ax.lines}
         for ax in cifar_cnn.epoch_curves(training).axes
@@ -108,9 +110,11 @@ def test_curves_of_epochs_end_where_a_run_stopped():
     [(0.9395, {}, True), (0.93, {}, False), (0.9395, {"steps": 238}, None)],
 )
 def test_cifar_speedrun(value, flags, agrees):
-    arm = {"arm": "bn", "seeds": 20, "epochs": 9.917, "mean_accuracy": {"mean": value}}
-    arm["run_seconds"] = {"median": 4.0}
-    rows = [*cifar_speedrun.rows(cifar_speedrun.Config(**flags), [arm, {"arm": "none"}])]
+    arms = [
+        Measured(make_arm(name), [value], sure(value), 9.917, sure(9.0), sure(4.0))
+        for name in ("bn", "none")
+    ]
+    rows = [*cifar_speedrun.rows(cifar_speedrun.Config(**flags), arms)]
     assert [row.to_json().get("agrees", "setting") for row in rows] == [
         agrees, "setting", "setting",
     ]  # fmt: skip
@@ -119,33 +123,32 @@ def test_cifar_speedrun(value, flags, agrees):
 
 def test_the_mean_and_the_seconds_of_short_runs():
     values = [*np.random.default_rng(0).normal(0.94, 0.0014, size=50)]
-    found = cifar_speedrun.mean(values)
     wide = 1.96 * np.std(values) / np.sqrt(50)
-    np.testing.assert_allclose(np.array(found["ci95"]) - found["mean"], [-wide, wide], rtol=0.1)
+    ends = np.array(mean_interval(values)) - np.mean(values)
+    np.testing.assert_allclose(ends, [-wide, wide], rtol=0.1)
     # Of training and one evaluation.
-    record = {"steps": [0, 34, 68], "seconds": {"training": 2.0, "evaluation": 1.5}}
+    record = make_record(seconds=Seconds(1.0, training=2.0, evaluation=1.5))
     assert cifar_speedrun.run_seconds(record) == 2.5
 
 
 def test_the_best_with_batch_norm_is_folded():
     """By accuracy, whatever place it has."""
     arms = [
-        {"arm": name, "momentum": momentum, "max_accuracy": {"median": best}}
+        make_arm(name, momentum=momentum, max_accuracy=sure(best))
         for name, momentum, best in (
             ("none", None, 0.99), ("bn_before", 0.9, 0.95), ("bn_after", 0.9, 0.97),
         )
     ]  # fmt: skip
-    assert first_layer.best_normed({"arms": arms})["arm"] == "bn_after"
-    assert first_layer.best_normed({"arms": arms[:1]}) is None
+    assert first_layer.best_normed(make_summary(*arms)).arm == "bn_after"
+    assert first_layer.best_normed(make_summary(arms[0])) is None
 
 
 def of_lstm(none, recurrent, steps, ci95=None):
     arms = [
-        {"arm": arm, "max_accuracy": {"median": best, "ci95": [best, best]}}
+        make_arm(arm, max_accuracy=sure(best))
         for arm, best in (("none", none), ("recurrent_.1", recurrent))
     ]
-    ratio = {"ratio": steps, "ci95": ci95 or [steps, steps]}
-    return {"arms": arms, "speedup": [{"arm": "recurrent_.1", "over": "none", "steps": ratio}]}
+    return make_summary(*arms, ratios=[Ratio(steps, tuple(ci95 or (steps, steps)))])
 
 
 @pytest.mark.parametrize(
@@ -198,22 +201,15 @@ def test_what_the_gradient_loses_on_its_way_through_an_lstm(small, large, agrees
 
 def of_inception(**arms):
     """A summary of arms with (best, steps to the target, diverged); the first is the base."""
-    (name, (best, base, _)), *others = arms.items()
-    return {
-        "target": {"value": best},
-        "arms": [
-            {
-                "arm": arm, "seeds": 1, "diverged": diverged,
-                "steps_to_target": {"median": steps, "ci95": [steps, steps]},
-                "max_accuracy": {"median": best, "ci95": [best, best]},
-            }
-            for arm, (best, steps, diverged) in arms.items()
-        ],
-        "speedup": [
-            {"arm": arm, "over": name, "steps": {"ratio": steps and base / steps, "ci95": None}}
-            for arm, (_, steps, _) in others
-        ],
-    }  # fmt: skip
+    (first, base, _), *others = arms.values()
+    results = [
+        make_arm(
+            arm, seeds=1, diverged=lost, steps_to_target=sure(steps), max_accuracy=sure(best)
+        )
+        for arm, (best, steps, lost) in arms.items()
+    ]
+    ratios = [steps and base / steps for _, steps, _ in others]
+    return make_summary(*results, target=first, ratios=ratios)
 
 
 @pytest.mark.parametrize(
@@ -300,13 +296,13 @@ def test_what_is_read_off_a_grid_of_rates_and_scales():
     config = learning_rates.Config(init_scales=(0.1, 1.0, 4.0))
     network, absent = Network("bn", "relu", 3), Network("none", "relu", 3)
     points = [
-        {"arm": arm.name, "learning_rate": rate, "init_scale": scale, "trains": trains}
+        make_arm(arm.name, rate, init_scale=scale, trains=trains)
         for arm, rate, scale, trains in (
             (network, 0.1, 1.0, True), (network, 1.0, 1.0, True), (network, 10.0, 1.0, False),
             (network, 10.0, 4.0, True), (Network("bn", "relu", 5), 10.0, 1.0, True),
         )
     ]  # fmt: skip
-    summary = {"by_point": points}
+    summary = make_summary(make_arm(), points=points)
     assert learning_rates.largest_rate(config, summary, network) == 1.0
     assert learning_rates.trained_scales(summary, network) == 2
     assert learning_rates.largest_rate(config, summary, absent) is None
@@ -316,7 +312,9 @@ def test_what_is_read_off_a_grid_of_rates_and_scales():
 def of_gaps(none, bn, l2):
     """Networks all right on the training set: what the gap loses the test accuracy gains."""
     return {
-        Cell(norm, dropout, l2): Measured(0.1, [0] * 10, [*(1 - g + NOISE)], [*(g - NOISE)], 0)
+        (cell := Cell(norm, dropout, l2)): regularisation.Measured(
+            cell, 0.1, [0] * 10, [*(1 - g + NOISE)], [*(g - NOISE)], 0
+        )
         for norm, own in (("none", none), ("bn", bn))
         for dropout, g in zip((0.0, 0.5), own, strict=True)
     }
@@ -380,22 +378,22 @@ def test_the_reason_of_mnist_sigmoid_is_read_off_the_run(by_rate, found):
 
 
 def test_the_claims_of_mnist_sigmoid():
-    def run(arm, seed, last):
-        return point(arm, seed=seed, test_accuracy=[0.1, last])
-
-    records = [run(a, s, v) for a, v in (("none", 0.9), ("bn", 0.95)) for s in (0, 1)]
-    arms = [point(a, steps_to_target={"median": s}) for a, s in (("none", 400), ("bn", 100))]
-    ratio = {"ratio": 4.0, "ci95": [2.0, 8.0]}
-    summary = {"baseline": "none", "arms": arms, "speedup": [{"steps": ratio}],
-               "target": {"value": 0.9}}  # fmt: skip
-    block = {"arms": [point("none", median=8.0), point("bn", median=2.0)]}
+    records = [
+        make_record(arm, seed=seed, accuracy=[0.1, last])
+        for arm, last in (("none", 0.9), ("bn", 0.95))
+        for seed in (0, 1)
+    ]
+    arms = [make_arm(a, steps_to_target=sure(s)) for a, s in (("none", 400), ("bn", 100))]
+    summary = make_summary(*arms, target=0.9, ratios=[Ratio(4.0, (2.0, 8.0))])
+    at = {"learning_rate": 0.1, "init_scale": 1.0}
+    block = {"arms": [at | {"median": 8.0}, at | {"median": 2.0}]}
     block["times_smaller"] = [{"ratio": 4.0, "ci95": [1.5, 9.0]}]
     drift = block | {"first_tenth": block, "by_rate": [block]}
     for config, agrees in (
         (mnist_sigmoid.Config(), [True, True, False, None, None]),
         (mnist_sigmoid.Config(steps=500), [None] * 5),
     ):
-        rows = [*mnist_sigmoid.rows(Training(config, CIFAR, {}, records, summary), drift)]
+        rows = [*mnist_sigmoid.rows(Training(config, CIFAR, {}, records, {}, summary), drift)]
         assert judged(rows) == agrees
         assert [row.reason is not None for row in rows] == [False, False, True, False, False]
 

@@ -12,10 +12,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from results import make_record
 
 from bn_jax.errors import UserError
 from bn_jax.lab import comparison, experiment, report, sweeps, workdir
-from bn_jax.lab.sweeps import Point
+from bn_jax.lab.statistics import Point, Record
 from experiments import correctness, defects, make_report, recalibration
 
 SECONDS = {"total": 1.0, "compilation": 0.5, "training": 0.2, "evaluation": 0.1}
@@ -27,17 +28,11 @@ RECALIBRATION = recalibration.Config(
 )
 
 
-def record(point, seed):
+def record(arm, point, seed):
     losses, accuracies = [2.0, 1.0 / point.learning_rate, 0.5], [0.1, 0.5, 0.9]
-    both = {"loss": losses, "accuracy": accuracies}
-    return {
-        **point._asdict(), "seed": seed, "steps": [0, 10, 20],
-        **{f"{split}_{k}": v for split in ("validation", "test") for k, v in both.items()},
-        **{f"train_{k}": [None, *v[1:]] for k, v in both.items()},
-        "diverged_at": None, "stopped_at": None, "restored": None,
-        "seconds": {"per_step": 1e-3, "training": 0.1, "evaluation": 0.1, "compilation": 1.0,
-                    "runs_at_once": 1},
-    }  # fmt: skip
+    series = {f"{split}_loss": losses for split in ("validation", "test")}
+    series |= {"train_loss": [None, *losses[1:]], "train_accuracy": [None, 0.5, 0.9]}
+    return make_record(arm, seed=seed, accuracy=accuracies, **point._asdict(), **series)
 
 
 @pytest.fixture
@@ -45,12 +40,12 @@ def trained(monkeypatch):
     """What the made up sweeps trained so far."""
     trained = []
 
-    def sweep(run, dataset, points, seeds, budget, *, done, **_):
+    def sweep(run, dataset, points, seeds, budget, *, arm, done, **_):
         for point in points:
             for seed in seeds:
                 if not done(point, seed):
                     trained.append((point.learning_rate, seed))
-                    yield [record(point, seed)]
+                    yield [record(arm, point, seed)]
 
     def networks(config, one, dataset, seed):
         trained.append(seed)
@@ -276,6 +271,6 @@ def test_a_page_is_not_made_of_an_unfinished_run(trained, tmp_path):
 
 
 def test_points_are_found_in_records():
-    """A record from a file is of the same run as the one that was written."""
-    found = json.loads(json.dumps(record(Point(0.1, 1.0, 0.9), 3)))
-    assert Point.of(found) == Point(0.1, 1.0, 0.9)
+    """A record from a file is the one that was written."""
+    written = record("bn", Point(0.1, 1.0, 0.9), 3)
+    assert Record.from_json(json.loads(json.dumps(written.to_json()))) == written

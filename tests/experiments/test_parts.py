@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from results import make_record
 
 from bn_jax.lab import crossed
 from bn_jax.lab.arms import Arm, build_run, load_data
@@ -312,11 +313,7 @@ def test_the_typical_unit_has_the_median_drift():
 
 def record(arm, rate, seed, **more):
     accuracies = [0.1, 0.5, 0.9 if (arm == "bn") == (rate == 1) else 0.8]
-    return {
-        "arm": arm, "learning_rate": rate, "init_scale": 1.0, "momentum": None, "seed": seed,
-        "steps": [0, 10, 20], "test_accuracy": accuracies, "validation_accuracy": accuracies,
-        "diverged_at": None, "seconds": {"per_step": 1.0}, **more,
-    }  # fmt: skip
+    return make_record(arm, rate, seed, accuracies, **more)
 
 
 def test_the_drift_of_a_comparison():
@@ -344,7 +341,7 @@ def test_the_drift_of_a_comparison():
     assert ratios == {0.1: 1, 1: 8}
 
     # Frozen where it diverged, and so without any drift.
-    records[0]["diverged_at"] = records[1]["diverged_at"] = 15
+    records[:2] = [dataclasses.replace(r, diverged_at=15) for r in records[:2]]
     seen["none", Point(0.1), 0] = seen["none", Point(0.1), 1] = paths([1.0] * 2)
     lost = drift_summary(records, summary, seen)
     assert lost["arms"][0]["median"] is None
@@ -389,10 +386,7 @@ def test_the_accuracy_with_the_statistics_of_batches():
 
 def test_the_best_point_is_chosen_on_validation_at_the_end():
     def record(rate, seed, validation, test):
-        return {
-            "arm": "a", "learning_rate": rate, "init_scale": 1.0, "momentum": None,
-            "seed": seed, "validation_accuracy": validation, "test_accuracy": test,
-        }  # fmt: skip
+        return make_record("a", rate, seed, test, validation_accuracy=validation)
 
     records = [
         record(0.1, 1, [0.9, 0.5], [1.0, 1.0]), record(0.1, 0, [0.9, 0.4], [1.0, 1.0]),
@@ -400,8 +394,8 @@ def test_the_best_point_is_chosen_on_validation_at_the_end():
         record(10.0, 0, [0.1, None], [0.2, None]), record(10.0, 1, [0.1, 0.9], [0.2, 0.9]),
     ]  # fmt: skip
     runs = crossed.best_runs(records)["a"]
-    assert [(r["learning_rate"], r["seed"]) for r in runs] == [(1.0, 0), (1.0, 1)]
-    assert [crossed.final(r) for r in records[4:]] == [0.0, 0.9]
+    assert [(r.learning_rate, r.seed) for r in runs] == [(1.0, 0), (1.0, 1)]
+    assert [r.final() for r in records[4:]] == [0.0, 0.9]
 
 
 def test_the_error_of_statistics():

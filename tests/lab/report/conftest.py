@@ -1,9 +1,11 @@
 """Synthetic runs of a comparison, and the summary of them."""
 
+import json
+
 import numpy as np
 import pytest
 
-from bn_jax.lab.statistics import summarize
+from bn_jax.lab.statistics import Record, Seconds, summarize
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 # Of each arm: speed, the largest rate at which it does not diverge, best accuracy, cost.
@@ -25,13 +27,13 @@ def make_record(arm, rate, scale, seed, lost):
     accuracy = np.clip(accuracy + noise.normal(0, 0.002, len(steps)), 0, 1).tolist()
     if lost or (lost is None and rate * scale * noise.lognormal(0, 0.1) > limit):
         lost, accuracy[3:] = True, [None] * (len(steps) - 3)
-    return {
-        "arm": arm, "learning_rate": rate, "init_scale": scale,
-        "momentum": 0.9 if arm == "bn" else None, "seed": seed, "steps": steps.tolist(),
-        "validation_accuracy": accuracy, "test_accuracy": accuracy,
-        "diverged_at": 60 if lost else None,
-        "seconds": {"per_step": 4e-3 * cost * noise.lognormal(0, 0.03)},
-    }  # fmt: skip
+    losses = {f"{s}_loss": [1.0] * len(steps) for s in ("train", "validation", "test")}
+    return Record(
+        arm=arm, learning_rate=rate, init_scale=scale, momentum=0.9 if arm == "bn" else None,
+        seed=seed, steps=steps.tolist(), validation_accuracy=accuracy, test_accuracy=accuracy,
+        train_accuracy=accuracy, diverged_at=60 if lost else None, **losses,
+        seconds=Seconds(4e-3 * cost * noise.lognormal(0, 0.03)),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +50,9 @@ def make():
         ]
         about = {"experiment": "compare", "question": "Which?", "dataset": "digits"}
         about |= {"model": "mlp"}
-        return records, about | summarize(records, baseline=arms[0], target=target)
+        return records, about | json.loads(
+            json.dumps(summarize(records, baseline=arms[0], target=target).to_json())
+        )
 
     return build
 

@@ -1,5 +1,6 @@
 """The figures: what they show, and that every kind of summary can be drawn."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from bn_jax.lab.report.comparison import Comparison
+from bn_jax.lab.report.comparison import Outcome
 from bn_jax.lab.report.figures import (
     accuracy_against_rate,
     learning_curves,
@@ -40,7 +41,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_every_kind_of_summary_is_drawn(make, case):
     records, summary = make(**CASES[case])
-    comparison = Comparison.of(summary)
+    comparison = Outcome.of(summary)
     for figure in (
         *(figure for *_, figure in of_comparison(records, comparison)),
         steps_against_rate(comparison),
@@ -49,37 +50,36 @@ def test_every_kind_of_summary_is_drawn(make, case):
         figure.draw_without_rendering()
 
 
-def test_numbers_that_are_missing_or_not_finite(make):
+def test_numbers_that_are_missing(make):
     records, summary = make(rates=(0.1, 0.3))
     for record in records:
-        record["test_accuracy"][3] = float("nan")
-        record["seconds"] = None
-    empty = {"median": float("nan"), "ci95": None}
+        record.test_accuracy[3] = None
+    empty = {"median": None, "ci95": None}
     for point in (*summary["by_point"], *summary["arms"]):
         point |= {"steps_to_target": empty, "final_accuracy": empty, "max_accuracy": empty}
-    comparison = Comparison.of(summary)
+    comparison = Outcome.of(summary)
     for _, _, figure in (*of_comparison(records, comparison), *of_comparison([], comparison)):
         figure.draw_without_rendering()
 
 
 def test_curves_are_medians_in_which_a_diverged_run_counts_as_0(make):
     records, summary = make(arms=("none",), rates=(0.1,))
+    records[:2] = [dataclasses.replace(r, diverged_at=1000) for r in records[:2]]
     for record in records[:2]:
-        record["diverged_at"] = 1000
-        record["test_accuracy"][50:] = [None] * 26
-    steps, seconds = learning_curves(records, Comparison.of(summary)).axes[:2]
+        record.test_accuracy[50:] = [None] * 26
+    steps, seconds = learning_curves(records, Outcome.of(summary)).axes[:2]
     line = steps.lines[0]
-    kept = np.median([r["test_accuracy"][:50] for r in records], axis=0)
+    kept = np.median([r.test_accuracy[:50] for r in records], axis=0)
     np.testing.assert_allclose(line.get_ydata()[:50], 100 * kept)
     assert np.all(line.get_ydata()[50:] == 0)
     assert line.get_label() == "none, rate 0.1 (3 runs, 2 diverged)"
-    per_step = np.median([r["seconds"]["per_step"] for r in records])
+    per_step = np.median([r.seconds.per_step for r in records])
     np.testing.assert_allclose(seconds.lines[0].get_xdata(), per_step * line.get_xdata())
 
 
 def test_rates_that_do_not_reach_are_hollow_in_the_strip(make):
     _, summary = make(arms=("none",))
-    strip, panel = steps_against_rate(Comparison.of(summary)).axes
+    strip, panel = steps_against_rate(Outcome.of(summary)).axes
     missing = [p for p in summary["by_point"] if p["steps_to_target"]["median"] is None]
     hollow = [line for line in strip.lines if line.get_marker() == "o"]
     crosses = [line for line in strip.lines if line.get_marker() == "x"]
@@ -91,7 +91,7 @@ def test_rates_that_do_not_reach_are_hollow_in_the_strip(make):
 
 def test_scales_give_one_map_per_arm_with_its_best_point_framed(make):
     _, summary = make(scales=(0.5, 1.0, 2.0), rates=(0.03, 0.1, 0.3))
-    comparison = Comparison.of(summary)
+    comparison = Outcome.of(summary)
     *maps, bar = accuracy_against_rate(comparison).axes
     assert [ax.get_title(loc="left") for ax in maps] == ["none", "bn"]
     assert [float(t.get_text()) for t in bar.get_yticklabels()][:2] == [0, 50]
@@ -156,7 +156,7 @@ def test_files_are_repeatable_and_captions_lie_beside_them(make, config, tmp_pat
 def test_captions_say_what_is_shown(make):
     def captions(**case):
         records, summary = make(rates=(0.1, 0.3), **case)
-        return [text for _, text, _ in of_comparison(records, Comparison.of(summary))]
+        return [text for _, text, _ in of_comparison(records, Outcome.of(summary))]
 
     _, steps, accuracy = captions()
     assert "Medians over 3 runs" in steps

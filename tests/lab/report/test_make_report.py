@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bn_jax.errors import UserError
-from bn_jax.lab.report.comparison import Comparison
+from bn_jax.lab.report.comparison import Outcome
 from bn_jax.lab.report.page import write
 from bn_jax.lab.report.sentences import speedup_lines
 from experiments import make_report
@@ -62,7 +62,7 @@ def test_the_page(finished):
     )
     assert "jax 1.2.3, flax 4.5.6" in text
     summary = json.loads((finished / "runs/lstm/a/summary.json").read_text())
-    for line in speedup_lines(Comparison.of(summary)):
+    for line in speedup_lines(Outcome.of(summary)):
         assert line in text
     links = [line.split("](")[1].split(")")[0] for line in text.splitlines() if "![" in line]
     # One rate: the learning curves alone. Two: three figures.

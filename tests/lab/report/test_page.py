@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from bn_jax.lab.report.comparison import Comparison
+from bn_jax.lab.report.comparison import Outcome
 from bn_jax.lab.report.page import Figure, Page, Section, page_of, render, write
 from bn_jax.lab.report.sentences import speedup_lines
 from bn_jax.lab.report.tables import Table, Wrong, same_rate_table, summary_table
@@ -65,7 +65,7 @@ def test_a_page_is_whole_and_alone(make, config, tmp_path, case, figures):
 
 def test_a_page_answers_the_question(make, config):
     _, summary = make()
-    comparison = Comparison.of(summary)
+    comparison = Outcome.of(summary)
     text = words(render(page_of(summary, config, [])))
     assert text.count("Which?") == 2  # in the tab and on the page
     for line in speedup_lines(comparison):

@@ -6,11 +6,12 @@ import pytest
 from rich.console import Console
 
 from bn_jax.lab.report import markdown
-from bn_jax.lab.report.comparison import Comparison
+from bn_jax.lab.report.comparison import Outcome
 from bn_jax.lab.report.sentences import answer, speedup_lines
 from bn_jax.lab.report.tables import Table, Wrong, same_rate_table, summary_table
 from bn_jax.lab.report.terminal import print_summary, print_table
 from bn_jax.lab.report.text import bracketed, in_line, number, padded, percent, whole
+from bn_jax.lab.statistics.convergence import Estimate
 
 
 def estimate(median, low=None, high=None):
@@ -42,7 +43,7 @@ def summary_of(*arms, **more):
 
 
 def comparison_of(*arms, **more):
-    return Comparison.of(summary_of(*arms, **more))
+    return Outcome.of(summary_of(*arms, **more))
 
 
 NONE = {"ratio": None, "ci95": [None, None]}
@@ -76,9 +77,9 @@ def test_open_intervals():
     assert bracketed([290, None], whole, ">1,500") == "[290, >1,500]"
     assert bracketed([290, float("inf")], whole, "never") == "[290, never]"
     assert bracketed([None, None], whole, ">1,500") == bracketed(None, whole, "") == ""
-    assert in_line(estimate(310, 290), whole, seeds=2) == "310 [290, ∞]"
-    assert in_line(estimate(310, 290), whole, seeds=1) == "310"
-    assert in_line(estimate(None, 290), whole, seeds=2) == "not reached"
+    assert in_line(Estimate(310, (290, None), 2), whole) == "310 [290, ∞]"
+    assert in_line(Estimate(310, (290, None), 1), whole) == "310"
+    assert in_line(Estimate(None, (290, None), 2), whole) == "not reached"
 
 
 def test_a_row_has_every_number_with_its_interval():
@@ -111,12 +112,12 @@ def test_the_best_point_names_what_the_grid_varies():
 
 def test_table_at_the_same_rate(make):
     _, summary = make(arms=("none", "bn", "layer"))
-    table = same_rate_table(Comparison.of(summary))
+    table = same_rate_table(Outcome.of(summary))
     assert [row[0] for row in table.rows] == ["none", "bn", "layer"]
     found = [row[table.header.index("trains")] for row in table.rows]
     same = summary["at_same_learning_rate"]["arms"]
     assert found == ["yes" if a["trains"] else "no" for a in same]
-    alone = Comparison.of(summary | {"at_same_learning_rate": None})
+    alone = Outcome.of(summary | {"at_same_learning_rate": None})
     assert same_rate_table(alone) is None
 
 

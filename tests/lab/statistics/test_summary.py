@@ -1,16 +1,29 @@
+import json
+
 import pytest
 
-from bn_jax.lab.statistics import summarize
+from bn_jax.lab.statistics import Record, Seconds
+from bn_jax.lab.statistics import summarize as summarized
 
 STEPS = [0, 10, 20, 30]
 
 
 def record(arm, rate, seed, test, validation=None, per_step=0.5, **more):
-    return {
-        "arm": arm, "learning_rate": rate, "init_scale": 1.0, "momentum": None, "seed": seed,
-        "steps": STEPS, "test_accuracy": test, "validation_accuracy": validation or test,
-        "diverged_at": None, "seconds": {"per_step": per_step}, **more,
-    }  # fmt: skip
+    losses = {f"{s}_loss": [1.0] * len(STEPS) for s in ("train", "validation", "test")}
+    given = {"momentum": None, "diverged_at": None} | more
+    return Record(
+        arm=arm, learning_rate=rate, init_scale=1.0, seed=seed, steps=STEPS, test_accuracy=test,
+        validation_accuracy=validation or test, train_accuracy=test, **losses,
+        seconds=Seconds(per_step), **given,
+    )  # fmt: skip
+
+
+def summarize(records, **given):
+    """As `summary.json` has it, from what `from_json` makes of that."""
+    summary = summarized(records, **given)
+    found = json.loads(json.dumps(summary.to_json()))
+    assert type(summary).from_json(found).to_json() == summary.to_json() | found
+    return found
 
 
 def slow(best=0.8):
