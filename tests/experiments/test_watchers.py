@@ -73,10 +73,9 @@ def test_weights_are_those_of_the_record():
     )
     assert len(kept.kept) == 4
     for record in found:
-        point = Point.of(record)
-        outputs = run.model(Swept(*point)).apply(
-            kept.kept["bn", point, record["seed"]], dataset.scaled(dataset.test.inputs),
+        outputs = run.model(Swept(*record.point)).apply(
+            kept.kept["bn", record.point, record.seed], dataset.scaled(dataset.test.inputs),
             train=False,
         )  # fmt: skip
         right = np.mean(correct(outputs, dataset.test.labels))
-        np.testing.assert_allclose(right, record["test_accuracy"][-1], atol=2e-3)
+        np.testing.assert_allclose(right, record.test_accuracy[-1], atol=2e-3)

@@ -53,19 +53,19 @@ def test_a_stopped_run_has_the_numbers_of_its_best_evaluation():
         for patience, f in ((None, lambda e: None), (2, seen.append))
     )
     for whole, early in zip(plain, stopped, strict=True):
-        found = Budget(120, 10, 2).stop(whole["validation_accuracy"])
+        found = Budget(120, 10, 2).stop(whole.validation_accuracy)
         if found is None:
-            assert early["stopped_at"] is None
+            assert early.stopped_at is None
             continue
         last, best = found
-        assert (early["stopped_at"], early["restored"]) == (10 * last, 10 * best)
+        assert (early.stopped_at, early.restored) == (10 * last, 10 * best)
         for name in ("validation_accuracy", "test_accuracy", "test_loss"):
             np.testing.assert_allclose(
-                early[name][: last + 1], whole[name][: last + 1], rtol=1e-4
+                getattr(early, name)[: last + 1], getattr(whole, name)[: last + 1], rtol=1e-4
             )
-            assert set(early[name][last + 1 :]) <= {early[name][best]}
-        assert not any(early["train_loss"][last + 1 :])
-    assert stopped[0]["stopped_at"] == 20
+            assert set(getattr(early, name)[last + 1 :]) <= {getattr(early, name)[best]}
+        assert not any(early.train_loss[last + 1 :])
+    assert stopped[0].stopped_at == 20
     assert sum(e.run_steps for e in seen) == 120 * 4
 
 
@@ -80,9 +80,9 @@ def test_the_weights_that_are_kept_are_those_a_run_goes_back_to():
 
     records = next(sweep(run, dataset, points, (0, 1), budget, on_evaluation=watch))
     assert set(weights.kept) == {("bn", point, 1) for point in points}
-    assert {r["restored"] for r in records if r["seed"] == 1} > {0}
+    assert {r.restored for r in records if r.seed == 1} > {0}
     for point, record in zip(points, records[1::2], strict=True):
-        step = 120 if record["restored"] is None else record["restored"]
+        step = 120 if record.restored is None else record.restored
         kept = weights.kept["bn", point, 1]["params"]
         jax.tree.map(np.testing.assert_array_equal, kept, steps[point, 1, step])
 

@@ -49,7 +49,9 @@ def train(run, parallel, points=POINTS[:1], seeds=(0,), **options):
     done = sweep(
         run, digits(), points, seeds, BUDGET, parallel=parallel, on_evaluation=see, **options
     )
-    return [{k: v for k, v in r.items() if k != "seconds"} for rs in done for r in rs], kept
+    return [
+        {k: v for k, v in r.to_json().items() if k != "seconds"} for rs in done for r in rs
+    ], kept
 
 
 @functools.cache

@@ -40,7 +40,9 @@ def build(model=MLP, features=(16,), batch=60):
 
 def records(points, seeds, steps=20, every=10, **options):
     found = sweep(build(), digits(), points, seeds, Budget(steps, every), **options)
-    return [{k: v for k, v in r.items() if k != "seconds"} for rs in found for r in rs]
+    return [
+        {k: v for k, v in r.to_json().items() if k != "seconds"} for rs in found for r in rs
+    ]
 
 
 def test_a_run_does_not_depend_on_others_nor_on_the_cores(monkeypatch):
@@ -226,15 +228,16 @@ def test_diverged_and_stopped_runs_have_the_records_of_one_program(model, featur
         found.append([r for rs in swept for r in rs])
     for one, other in zip(*found, strict=True):
         for name in ("test_loss", "train_loss", "validation_accuracy"):
-            assert [v is None for v in one[name]] == [v is None for v in other[name]]
-            values = ([v for v in r[name] if v is not None] for r in (one, other))
+            a, b = getattr(one, name), getattr(other, name)
+            assert [v is None for v in a] == [v is None for v in b]
+            values = ([v for v in series if v is not None] for series in (a, b))
             np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-6)
         for name in ("diverged_at", "stopped_at", "restored"):
-            assert one[name] == other[name]
-    stopped = [r for r in found[1] if r["stopped_at"]]
-    assert any(r["stopped_at"] < 80 for r in stopped)
+            assert getattr(one, name) == getattr(other, name)
+    stopped = [r for r in found[1] if r.stopped_at]
+    assert any(r.stopped_at < 80 for r in stopped)
     for r in stopped:  # and is not trained past that
-        assert ended["cores", Point.of(r), r["seed"]] == (r["stopped_at"], -1)
+        assert ended["cores", r.point, r.seed] == (r.stopped_at, -1)
     assert ended["cores", points[1], 0] == ended["single", points[1], 0]
 
 
