@@ -31,6 +31,8 @@ HASTY = {
 # Many cases of what changes seldom: some ten minutes. `pytest -m long` runs these alone,
 # `pytest -m ""` all; .ci/run a third of them, another one every day.
 LONG = {
+    "test_airbench", "test_cifar", "test_convolution", "test_dense", "test_eager",
+    "test_early_stopping", "test_inception", "test_lstm", "test_masks", "test_resnet",
     "test_accumulate", "test_convert_beside", "test_convert_keras",
     "test_convert_layers", "test_convert_torch", "test_diagnose_models",
     "test_diagnose_statistics", "test_diagnose_training", "test_flow", "test_fold",
@@ -42,9 +44,15 @@ def pytest_addoption(parser):
     parser.addoption("--part", help="i/n: every n-th of the tests, from the i-th on")
 
 
+def pytest_configure(config):
+    if not config.option.markexpr.startswith("not"):
+        os.environ["ALL_EXAMPLES"] = ""  # of properties: see `strategies.holds`
+
+
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if item.path.stem in LONG:
+        every = "ALL_EXAMPLES" in os.environ and hasattr(item.function, "tried")
+        if item.path.stem in LONG or every:
             item.add_marker("long")
     if config.option.part:
         first, of = map(int, config.option.part.split("/"))

@@ -44,3 +44,8 @@ def make_summary(*arms, target=0.8, ratios=(), points=None):
 
 def sure_ratio(value):
     return Ratio(value, (value, value))
+
+
+def timeless(record):
+    """The line of a record, without what differs from run to run."""
+    return {k: v for k, v in record.to_json().items() if k != "seconds"}

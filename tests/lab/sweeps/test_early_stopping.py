@@ -110,6 +110,6 @@ def test_dropout_and_augmentation_are_for_training_alone():
     still = record(plain, 1e-12)
     for run in (dropped, blank):
         found = record(run, 1e-12)
-        np.testing.assert_allclose(found["test_loss"], still["test_loss"], rtol=1e-5)
-        assert abs(found["train_loss"][1] - still["train_loss"][1]) > 1e-3
-    assert record(dropped, 0.1)["train_loss"] == record(dropped, 0.1)["train_loss"]
+        np.testing.assert_allclose(found.test_loss, still.test_loss, rtol=1e-5)
+        assert abs(found.train_loss[1] - still.train_loss[1]) > 1e-3
+    assert record(dropped, 0.1).train_loss == record(dropped, 0.1).train_loss

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from results import timeless
 
 from bn_jax.errors import UserError
 from bn_jax.lab.data import batch_indices, load
@@ -49,9 +50,7 @@ def train(run, parallel, points=POINTS[:1], seeds=(0,), **options):
     done = sweep(
         run, digits(), points, seeds, BUDGET, parallel=parallel, on_evaluation=see, **options
     )
-    return [
-        {k: v for k, v in r.to_json().items() if k != "seconds"} for rs in done for r in rs
-    ], kept
+    return [timeless(r) for rs in done for r in rs], kept
 
 
 @functools.cache
@@ -75,7 +74,8 @@ SPANNING = MLP, (16, 8), 64, functools.partial(GhostBatchNorm, group_size=16)
 @pytest.mark.parametrize(
     ("mode", "network"),
     [
-        *itertools.product(MODES, WHOLE),
+        *itertools.product(MODES, WHOLE[:1]),
+        *(pytest.param(mode, WHOLE[1], marks=pytest.mark.long) for mode in MODES),
         pytest.param("pmap", WITHIN, marks=pytest.mark.long),
         ("pmap", SPANNING),
         ("shard_map", SPANNING),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from results import timeless
 
 from bn_jax.core.moments import LARGE
 from bn_jax.lab.data import batch_indices, load
@@ -41,7 +42,7 @@ def build(dataset, model=MLP, features=(16,), **fields):
 
 def records(run, dataset, points=POINTS, seeds=(0, 1), budget=BUDGET, **options):
     done = sweep(run, dataset, points, seeds, budget, **options)
-    return [{k: v for k, v in r.to_json().items() if k != "seconds"} for rs in done for r in rs]
+    return [timeless(r) for rs in done for r in rs]
 
 
 @pytest.mark.parametrize("parallel", ["single", "cores", "grid"])

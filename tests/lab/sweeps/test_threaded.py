@@ -7,6 +7,7 @@ import time
 import numpy as np
 import optax
 import pytest
+from results import timeless
 
 from bn_jax.lab.data import batch_indices, load
 from bn_jax.lab.models import CNN, MLP
@@ -40,9 +41,7 @@ def build(model=MLP, features=(16,), batch=60):
 
 def records(points, seeds, steps=20, every=10, **options):
     found = sweep(build(), digits(), points, seeds, Budget(steps, every), **options)
-    return [
-        {k: v for k, v in r.to_json().items() if k != "seconds"} for rs in found for r in rs
-    ]
+    return [timeless(r) for rs in found for r in rs]
 
 
 def test_a_run_does_not_depend_on_others_nor_on_the_cores(monkeypatch):
