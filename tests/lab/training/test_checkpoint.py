@@ -96,10 +96,7 @@ NUMBERS = st.integers(-(2**63), 2**63) | st.floats(allow_nan=False) | st.none()
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    state=states,
-    extra=st.dictionaries(st.text(), INTEGERS | st.floats(allow_nan=False) | st.none()),
-)
+@given(state=states, extra=st.dictionaries(st.text(), NUMBERS))
 def test_a_state_comes_back_bit_by_bit(tmp_path_factory, state, extra):
     checkpoints = Checkpoints(tmp_path_factory.mktemp("any"))
     state = {"one": np.arange(1), "rest": state}
