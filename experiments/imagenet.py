@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from bn_jax.errors import UserError
 from bn_jax.lab import flags
-from bn_jax.lab.config import Optimization, Output, Processes, Source
+from bn_jax.lab.config import Norms, Optimization, Output, Processes, Source
 from bn_jax.lab.fields import fixed, flag
 
 if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
@@ -56,7 +56,7 @@ MODELS = ("resnet50", "resnet18", "inception")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Output, Processes, Optimization, Source):
+class Config(Output, Processes, Optimization, Norms, Source):
     """Every flag of the experiment; see `python -m experiments.imagenet --help`."""
 
     QUICK: ClassVar[dict[str, Any]] = {
@@ -72,12 +72,6 @@ class Config(Output, Processes, Optimization, Source):
     train_examples: int | None = flag(
         None, "train on the first so many of the training examples; by default on all"
     )
-    bn_group_size: int | None = flag(
-        None,
-        "examples that share statistics in a BatchNorm, however many devices there are; by "
-        "default all of the batch; 0: those of a device",
-        at_least=0,
-    )
     test_split: str = flag("validation", "what is tested on; nothing is chosen on it")
     image_size: int = flag(
         224, "height and width, in pixels, of what the network sees", at_least=1
@@ -89,11 +83,7 @@ class Config(Output, Processes, Optimization, Source):
         "of convolutions and norms: bfloat16 or float32",
         choices=("bfloat16", "float32"),
     )
-    arms: tuple[str, ...] = flag(
-        ("bn",),
-        "norms to train with, of none, bn, layer, group; the first is the baseline",
-        each_once=True,
-    )
+    arms: tuple[str, ...] = flag(("bn",))
     momentum: float = flag(
         0.9, "of running statistics: the weight of the old value", at_least=0, at_most=1
     )
