@@ -39,6 +39,7 @@ if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
     from bn_jax.lab.report.page import write as write_page
     from bn_jax.lab.report.terminal import print_summary
     from bn_jax.lab.sweeps import Point
+    from bn_jax.lab.training.distributed import everyone
     from bn_jax.lab.training.optimizers import RULES
     from bn_jax.lab.training.schedules import SCHEDULES
     from bn_jax.lab.training.signals import on_sigterm
@@ -168,7 +169,8 @@ def run(config: Config) -> dict[str, Any]:
                 progress.describe(name)
                 place = shared / "checkpoints" / name
                 one = training.Training(config, train, test, net, place, stop, progress.advance)
-                records.append(record(config, name, one.run()))
+                at = one.run()
+                records.append(record(config, name, at, int(everyone(one.state.skipped))))
                 report.rewrite_records(folder / "records.jsonl", records).close()
         return write(config, records, settings, folder, time.perf_counter() - start)
 
@@ -212,7 +214,7 @@ def open_sets(config: Config) -> tuple[Config, int, Records, Records]:
     return config, warmup, train, test
 
 
-def record(config: Config, name: str, at: training.Position) -> dict[str, Any]:
+def record(config: Config, name: str, at: training.Position, skipped: int) -> dict[str, Any]:
     """As of `bn_jax.lab.sweeps.sweep`, with `test_top5_accuracy` and what was left out."""
     momentum = config.momentum if norm_arms()[name].has_momentum else None
     point = Point(config.highest_rate, 1.0, momentum)
@@ -230,7 +232,7 @@ def record(config: Config, name: str, at: training.Position) -> dict[str, Any]:
         **{f"{s}_{k}": v for s in ("validation", "test") for k, v in tested.items()},
         "test_top5_accuracy": series("test_top5_accuracy"),
         "diverged_at": at.diverged_at, "stopped_at": None, "restored": None,
-        "bad_examples": at.bad + at.test_bad, "skipped_steps": at.skipped,
+        "bad_examples": at.bad + at.test_bad, "skipped_steps": skipped,
         "seconds": {
             "per_step": at.training / max(at.step, 1), "training": at.training,
             "evaluation": at.evaluation, "runs_at_once": 1, "compilation": at.compilation,
