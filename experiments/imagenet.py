@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from bn_jax.errors import UserError
 from bn_jax.lab import flags
-from bn_jax.lab.config import Norms, Optimization, Output, Processes, Source
+from bn_jax.lab.config import Norms, Optimization, Output, Processes, Source, Workdir
 from bn_jax.lab.fields import fixed, flag
 
 if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
@@ -57,7 +57,7 @@ MODELS = ("resnet50", "resnet18", "inception")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Output, Processes, Optimization, Norms, Source):
+class Config(Workdir, Output, Processes, Optimization, Norms, Source):
     """Every flag of the experiment; see `python -m experiments.imagenet --help`."""
 
     QUICK: ClassVar[dict[str, Any]] = {

@@ -254,8 +254,8 @@ class Workdir(Flags):
 
 
 @dataclasses.dataclass(frozen=True)
-class Output(Workdir):
-    """What is said, and left."""
+class Output(Flags):
+    """What is asked, and how often it is saved."""
 
     target: float | None = flag(
         None,
@@ -269,7 +269,7 @@ class Output(Workdir):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Output, Devices, Length, Grid, Optimization, Norms, Network, Data):
+class Config(Workdir, Output, Devices, Length, Grid, Optimization, Norms, Network, Data):
     """Every flag of a comparison; see `python -m experiments.compare --help`.
 
     An experiment that rests on it is a subclass with other defaults, with `QUICK`, what
