@@ -106,10 +106,8 @@ class Config(CompareConfig):
     summary: bool = flag(True)
 
     def __post_init__(self):
-        # An unknown network is refused below.
-        given = {"dataset": "cifar10", "momentums": (0.99,)} | NETWORKS.get(
-            self.network, NETWORKS["a"]
-        )
+        own = NETWORKS.get(self.network, NETWORKS["a"])  # an unknown one is refused below
+        given = {"dataset": "cifar10", "momentums": (0.99,)} | own
         if self.quick:
             given |= dict(self.QUICK) | {"features": QUICK_FEATURES[self.network]}
         for name, value in given.items():

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from bn_jax.errors import UserError
 from bn_jax.lab import flags
-from bn_jax.lab.config import Optimization, Output, Processes, Source
+from bn_jax.lab.config import Norms, Optimization, Output, Processes, Source, Workdir
 from bn_jax.lab.fields import fixed, flag
 
 if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
@@ -40,6 +40,7 @@ if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
     from bn_jax.lab.report.terminal import print_summary
     from bn_jax.lab.statistics import Point, Record, Seconds
     from bn_jax.lab.statistics.records import Series
+    from bn_jax.lab.training.distributed import everyone
     from bn_jax.lab.training.optimizers import RULES
     from bn_jax.lab.training.schedules import SCHEDULES
     from bn_jax.lab.training.signals import on_sigterm
@@ -55,7 +56,7 @@ MODELS = ("resnet50", "resnet18", "inception")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Output, Processes, Optimization, Source):
+class Config(Workdir, Output, Processes, Optimization, Norms, Source):
     """Every flag of the experiment; see `python -m experiments.imagenet --help`."""
 
     QUICK: ClassVar[dict[str, Any]] = {
@@ -71,12 +72,6 @@ class Config(Output, Processes, Optimization, Source):
     train_examples: int | None = flag(
         None, "train on the first so many of the training examples; by default on all"
     )
-    bn_group_size: int | None = flag(
-        None,
-        "examples that share statistics in a BatchNorm, however many devices there are; by "
-        "default all of the batch; 0: those of a device",
-        at_least=0,
-    )
     test_split: str = flag("validation", "what is tested on; nothing is chosen on it")
     image_size: int = flag(
         224, "height and width, in pixels, of what the network sees", at_least=1
@@ -88,11 +83,7 @@ class Config(Output, Processes, Optimization, Source):
         "of convolutions and norms: bfloat16 or float32",
         choices=("bfloat16", "float32"),
     )
-    arms: tuple[str, ...] = flag(
-        ("bn",),
-        "norms to train with, of none, bn, layer, group; the first is the baseline",
-        each_once=True,
-    )
+    arms: tuple[str, ...] = flag(("bn",))
     momentum: float = flag(
         0.9, "of running statistics: the weight of the old value", at_least=0, at_most=1
     )
@@ -177,7 +168,8 @@ def run(config: Config) -> dict[str, Any]:
                 progress.describe(name)
                 place = shared / "checkpoints" / name
                 one = training.Training(config, train, test, net, place, stop, progress.advance)
-                records.append(record(config, name, one.run()))
+                at = one.run()
+                records.append(record(config, name, at, int(everyone(one.state.skipped))))
                 lines = [record.to_json() for record in records]
                 report.rewrite_records(folder / "records.jsonl", lines).close()
         return write(config, records, settings, folder, time.perf_counter() - start)
@@ -231,7 +223,7 @@ class ImageNetRecord(Record):
     skipped_steps: int
 
 
-def record(config: Config, name: str, at: training.Position) -> ImageNetRecord:
+def record(config: Config, name: str, at: training.Position, skipped: int) -> ImageNetRecord:
     """Returns what an arm measured."""
     momentum = config.momentum if norm_arms()[name].has_momentum else None
     point = Point(config.highest_rate, 1.0, momentum)
@@ -260,7 +252,7 @@ def record(config: Config, name: str, at: training.Position) -> ImageNetRecord:
         test_top5_accuracy=series("test_top5_accuracy"),
         diverged_at=at.diverged_at,
         bad_examples=at.bad + at.test_bad,
-        skipped_steps=at.skipped,
+        skipped_steps=skipped,
         seconds=Seconds(per_step, at.training, at.evaluation, at.compilation),
     )
 

@@ -19,17 +19,15 @@ from jax.sharding import PartitionSpec as P
 
 from bn_jax.errors import UserError
 from bn_jax.lab import sizes
-from bn_jax.lab.arms import Arm
+from bn_jax.lab.arms import Arm, rule_of
 from bn_jax.lab.data.stream import Batch, Records, batches
 from bn_jax.lab.flags import Stopped
 from bn_jax.lab.models import FAMILIES
 from bn_jax.lab.sweeps.threaded import cores
 from bn_jax.lab.training.checkpoint import Checkpoints
-from bn_jax.lab.training.distributed import any_process, everyone, total
+from bn_jax.lab.training.distributed import any_process, everyone
 from bn_jax.lab.training.metrics import correct, cross_entropy, in_top
-from bn_jax.lab.training.optimizers import optimizer
 from bn_jax.lab.training.parallel import batch_mesh, replicate, spread
-from bn_jax.lab.training.schedules import schedule
 from bn_jax.lab.training.signals import Stop
 from bn_jax.lab.training.state import TrainState
 from bn_jax.lab.training.step import init_state, train_step
@@ -42,21 +40,26 @@ if TYPE_CHECKING:
 DROPS, OF = (30, 60, 80), 90
 # Of ImageNet's training images in [0, 1], red, green and blue.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-Placed = tuple[jax.Array, jax.Array, jax.Array]  # images, labels, which of them count
+Placed = tuple[jax.Array, ...]  # images, labels, which count, which are broken
 
 
 class Sums(NamedTuple):
-    """Over batches in training, over examples in a test; `count` is how many."""
+    """Sums over batches in training, over examples in a test; `count` is how many.
+
+    `broken` is the number of broken images.
+    """
 
     loss: Any
     accuracy: Any
     top5_accuracy: Any
     count: Any
+    broken: Any
 
     def mean(self) -> Sums:
-        """NaN of nothing."""
+        """Means; NaN of nothing. `broken` stays."""
         count = float(self.count) or np.nan
-        return Sums(*(float(v) / count for v in self))
+        means = Sums(*(float(v) / count for v in self))
+        return means._replace(broken=int(self.broken))
 
 
 class Network(NamedTuple):
@@ -77,10 +80,7 @@ def network(config: Config, arm: Arm, classes: int, warmup: int) -> Network:
     half = jnp.bfloat16 if config.dtype == "bfloat16" else None
     family = FAMILIES[config.model]
     model = family(num_outputs=classes, norm=norm, width=config.width, dtype=half)
-    rule = optimizer(
-        config.optimizer, config.highest_rate, schedule=factors(config, warmup), l2=config.l2,
-        weight_decay=config.weight_decay, decay_norms=config.decay_norms, clip=config.clip,
-    )  # fmt: skip
+    rule = optimizer(config, warmup)
     loss = functools.partial(cross_entropy, label_smoothing=config.label_smoothing)
     image = config.image_size, config.image_size, 3
 
@@ -88,24 +88,23 @@ def network(config: Config, arm: Arm, classes: int, warmup: int) -> Network:
         return init_state(jax.random.key(seed), model, rule, jnp.zeros((1, *image)))
 
     def step(state, sums, batch):
-        images, labels, counted = batch
+        images, labels, counted, broken = batch
         after, means = train_step(
             state, standardised(images), labels, model, rule, loss=loss, counted=counted
         )
-        kept, found = after.skipped == state.skipped, Sums(*means, 0.0, 1.0)
-        return after, jax.tree.map(lambda s, v: s + jnp.where(kept, v, 0), sums, found)
+        kept, found = after.skipped == state.skipped, Sums(*means, 0.0, 1.0, 0.0)
+        sums = jax.tree.map(lambda s, v: s + jnp.where(kept, v, 0), sums, found)
+        return after, sums._replace(broken=sums.broken + broken.sum(dtype=jnp.float32))
 
     def test(state, sums, batch):
-        images, labels, counted = batch
+        images, labels, counted, broken = batch
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         outputs = model.apply(variables, standardised(images), train=False)
-        values = Sums(
-            cross_entropy(outputs, labels), correct(outputs, labels),
-            in_top(outputs, labels, 5), jnp.ones_like(labels),
-        )  # fmt: skip
-        return jax.tree.map(
-            lambda s, v: s + jnp.where(counted, v, 0).sum(dtype=jnp.float32), sums, values
-        )
+        hits, top5 = correct(outputs, labels), in_top(outputs, labels, 5)
+        values = cross_entropy(outputs, labels), hits, top5, jnp.ones_like(labels)
+        found = [jnp.where(counted, v, 0) for v in values]
+        added = (v.sum(dtype=jnp.float32) for v in (*found, broken))
+        return jax.tree.map(jnp.add, sums, Sums(*added))
 
     name = f"--model={config.model} --width={config.width:g} --image_size={config.image_size}"
     sizes.check_batch(f"--batch_size={config.batch_size} {name}", (config.batch_size, *image))
@@ -117,18 +116,16 @@ def network(config: Config, arm: Arm, classes: int, warmup: int) -> Network:
     return Network(jit(init), jit(step, donate_argnums=(0, 1)), jit(test))
 
 
-def factors(config: Config, warmup: int) -> optax.Schedule:
-    """On the learning rate, at every step; it rises for `warmup` of them."""
-    steps = config.evaluations[-1]
+def optimizer(config: Config, warmup: int) -> optax.GradientTransformation:
+    """That of the flags, with `goyal` among the schedules."""
+    steps, own = config.evaluations[-1], config.changed({"warmup_steps": warmup})
     if config.schedule != "goyal":
-        return schedule(
-            config.schedule, steps, warmup_steps=warmup, decay_steps=config.decay_steps,
-            decay_rate=config.decay_rate,
-        )  # fmt: skip
+        return rule_of(own, steps)(config.highest_rate)
+    rule = rule_of(own.changed({"schedule": "constant"}), steps)(config.highest_rate)
     drops = {steps * drop // OF: 0.1 for drop in DROPS}
-    risen = schedule("constant", steps, warmup_steps=warmup)
-    dropped = optax.piecewise_constant_schedule(1.0, drops)
-    return lambda count: risen(count) * dropped(count)
+    return optax.chain(
+        rule, optax.scale_by_schedule(optax.piecewise_constant_schedule(1.0, drops))
+    )
 
 
 def standardised(images: jax.Array) -> jax.Array:
@@ -139,13 +136,13 @@ def standardised(images: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass
 class Position:
-    """Where a training is, beside its state; what JSON can hold.
+    """Where a training is, beside its state.
 
     Attributes:
       step, history: steps that were done; of the evaluations so far, numbers by name.
-      bad, test_bad: broken images that were met, of all processes, each counted once.
-      looked, skipped: the step at which the state was last looked at, and what it had skipped.
-      diverged_at: the step since which all are skipped, or whose test loss is not finite.
+      bad, test_bad: broken images up to the last evaluation, each counted once.
+      diverged_at: the evaluation since which all steps are skipped, or whose loss is not
+        finite.
       training, evaluation, compilation: seconds.
     """
 
@@ -153,8 +150,6 @@ class Position:
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
     bad: int = 0
     test_bad: int = 0
-    looked: int = 0
-    skipped: int = 0
     diverged_at: int | None = None
     training: float = 0.0
     evaluation: float = 0.0
@@ -171,6 +166,10 @@ class Training:
       folder: of the checkpoints of this training alone.
       stop: of SIGTERM.
       show: is given how many steps were done since the last time, and how it stands.
+
+    Attributes:
+      state: parameters and statistics, as the checkpoints have them.
+      position: where it is.
     """
 
     def __init__(
@@ -179,11 +178,12 @@ class Training:
     ):  # fmt: skip
         self._config, self._train, self._test, self._net = config, train, test, net
         self._stop, self._show, self._checkpoints = stop, show, Checkpoints(folder)
-        self._state, self._sums = net.init(jnp.int32(config.seed)), self._zero()
-        self.position, self._bad = Position(), 0
+        self.state, self.position = net.init(jnp.int32(config.seed)), Position()
+        self._zero = replicate(Sums(*np.zeros(5, np.float32)), batch_mesh())
+        self._sums = jax.tree.map(jnp.copy, self._zero)  # as it is donated
         if found := self._checkpoints.restore(self._tree()):
             self._sums, self.position = found.state.pop("sums"), Position(**found.extra)
-            self._state = TrainState(**found.state)
+            self.state = TrainState(**found.state)
         self._began = self.position.step
         self._saved_at, self._since = time.monotonic(), time.perf_counter()
         show(self._began, "")
@@ -216,49 +216,40 @@ class Training:
             workers=cores() - 1 if config.workers is None else config.workers,
         )  # fmt: skip
 
-    def _place(self, batch: Batch) -> Placed:
-        """A batch over the devices, filled up for these."""
-        images, labels, counted = (spread(v, batch_mesh()) for v in batch[:3])
-        return images, labels, counted
-
-    def _zero(self):
-        return replicate(Sums(*np.zeros(4, np.float32)), batch_mesh())
-
     def _advance(self, batch):
         config, at = self._config, self.position
         jax.block_until_ready(self._sums)  # of the step before, while this batch was read
-        self._state, self._sums = self._net.step(self._state, self._sums, self._place(batch))
+        # In the first epoch every image comes once.
+        rows = np.arange(len(batch.labels)) * jax.process_count() + jax.process_index()
+        new = at.step * config.batch_size + rows < len(self._train.data)
+        self.state, self._sums = self._net.step(self.state, self._sums, placed(batch, new))
+        self._check_broken(self._train, batch, self._sums, at.bad)
         if at.step == self._began:
             self._tick("compilation")
-        # In the first epoch every image comes once.
-        rows = np.flatnonzero(batch.broken >= 0) * jax.process_count() + jax.process_index()
-        self._bad += int((at.step * config.batch_size + rows < len(self._train.data)).sum())
-        self._check_bad(self._train, at.bad + self._bad, batch)
         at.step += 1
         if at.step % config.log_every == 0:
             self._show(config.log_every, f"step {at.step:,}, loss {self._look().loss:.3g}")
 
     def _look(self) -> Sums:
         """Means since the last evaluation; the position knows whether the run has diverged."""
-        at, skipped = self.position, int(everyone(self._state.skipped))
-        if at.step > at.looked and skipped - at.skipped == at.step - at.looked:
-            at.diverged_at = at.looked
-        at.looked, at.skipped = at.step, skipped
-        return everyone(self._sums).mean()
+        at, found = self.position, everyone(self._sums)
+        last = at.history[-1]["step"] if at.history else 0
+        if at.step > last and not found.count:
+            at.diverged_at = int(last)
+        return found.mean()
 
     def _evaluate(self):
-        at, counts, bad, trained = self.position, self._zero(), 0, self._look()
+        at, sums, trained = self.position, self._zero, self._look()
         self._tick("training")
         with contextlib.closing(self._read(self._test, train=False)) as read:
             for batch in read:
-                jax.block_until_ready(counts)
-                counts = self._net.test(self._state, counts, self._place(batch))
-                bad += int((batch.broken >= 0).sum())
-                self._check_bad(self._test, bad, batch)
+                jax.block_until_ready(sums)
+                sums = self._net.test(self.state, sums, placed(batch))
+                self._check_broken(self._test, batch, sums)
                 if self._stop.requested and jax.process_count() == 1:
                     self._save_if(False)
-        at.test_bad = total(bad)
-        tested = everyone(counts).mean()
+        tested = everyone(sums).mean()
+        at.bad, at.test_bad = at.bad + trained.broken, tested.broken
         at.history.append({
             "step": at.step, "train_loss": trained.loss, "train_accuracy": trained.accuracy,
             "test_loss": tested.loss, "test_accuracy": tested.accuracy,
@@ -266,17 +257,19 @@ class Training:
         })  # fmt: skip
         if not np.isfinite(tested.loss) and at.diverged_at is None:
             at.diverged_at = at.step
-        self._sums = self._zero()
+        self._sums = jax.tree.map(jnp.copy, self._zero)
         self._tick("evaluation")
         shown = f"top-1 {tested.accuracy:.1%}, top-5 {tested.top5_accuracy:.1%}"
         self._show(0, f"step {at.step:,}, {shown}")
 
-    def _check_bad(self, records, count, batch):
-        if count > (allowed := self._config.max_bad_examples) and batch.broken.max() >= 0:
+    def _check_broken(self, records, batch, sums, before=0):
+        """Raises a UserError where the batch has one too many."""
+        last, allowed = batch.broken.max(), self._config.max_bad_examples
+        if last >= 0 and (count := before + int(everyone(sums.broken))) > allowed:
             raise UserError(
-                f"{count} broken images, the last of them {records.name}, example "
-                f"{batch.broken.max()}: allow that many with max_bad_examples (now {allowed}), "
-                "or prepare the set again"
+                f"{count} broken images, the last of them {records.name}, example {last}: "
+                f"allow that many with max_bad_examples (now {allowed}), or prepare the set "
+                "again"
             )
 
     def _tick(self, what):
@@ -286,7 +279,7 @@ class Training:
 
     def _tree(self):
         """The state as it is saved: parameters and statistics where the tools find them."""
-        return self._state._asdict() | {"sums": self._sums}
+        return self.state._asdict() | {"sums": self._sums}
 
     def _save_if(self, ended):
         """Saves at the end, if it is time, or if SIGTERM came, which ends the training."""
@@ -298,8 +291,13 @@ class Training:
         late = at.step > 0 and time.monotonic() - self._saved_at >= config.checkpoint_every
         if ended or stop or any_process(late):
             self._tick("training")
-            at.bad, self._bad = at.bad + total(self._bad), 0
             self._checkpoints.save(at.step, self._tree(), dataclasses.asdict(at))
             self._saved_at = time.monotonic()
         if stop:
             raise Stopped
+
+
+def placed(batch: Batch, new: np.ndarray | bool = True) -> Placed:
+    """A batch over the devices, filled up for these; broken are those that are `new`."""
+    rows = batch.images, batch.labels, batch.counted, (batch.broken >= 0) & new
+    return tuple(spread(v, batch_mesh()) for v in rows)

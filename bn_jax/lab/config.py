@@ -100,12 +100,6 @@ class Network(Flags):
         at_least=0,
         at_most=1,
     )
-    bn_group_size: int | None = flag(
-        None,
-        "examples that share statistics in a BatchNorm, however many devices there are; by "
-        "default all of the batch; 0: those of a device",
-        at_least=0,
-    )
 
     def check(self) -> None:
         """Raises a UserError for a flag that makes no sense."""
@@ -147,14 +141,26 @@ class Optimization(Flags):
 
 
 @dataclasses.dataclass(frozen=True)
-class Grid(Flags):
-    """The runs that there are."""
+class Norms(Flags):
+    """The norms that are compared."""
 
     arms: tuple[str, ...] = flag(
         ("none", "bn"),
         "norms to compare, of none, bn, layer, group; the first is the baseline",
         each_once=True,
     )
+    bn_group_size: int | None = flag(
+        None,
+        "examples that share statistics in a BatchNorm, however many devices there are; by "
+        "default all of the batch; 0: those of a device",
+        at_least=0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid(Flags):
+    """The runs of an arm."""
+
     learning_rates: tuple[float, ...] = flag(
         (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), "learning rates to try", above=0, each_once=True
     )
@@ -248,8 +254,8 @@ class Workdir(Flags):
 
 
 @dataclasses.dataclass(frozen=True)
-class Output(Workdir):
-    """What is said, and left."""
+class Output(Flags):
+    """What is asked, and how often it is saved."""
 
     target: float | None = flag(
         None,
@@ -263,7 +269,7 @@ class Output(Workdir):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Output, Devices, Length, Grid, Optimization, Network, Data):
+class Config(Workdir, Output, Devices, Length, Grid, Optimization, Norms, Network, Data):
     """Every flag of a comparison; see `python -m experiments.compare --help`.
 
     An experiment that rests on it is a subclass with other defaults, with `QUICK`, what

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import jax
 import numpy as np
-from flax.serialization import msgpack_restore, msgpack_serialize
 
 from bn_jax.lab.flags import Stopped
 from bn_jax.lab.report import read_records
@@ -25,8 +23,9 @@ from bn_jax.lab.training.signals import on_sigterm
 
 if TYPE_CHECKING:
     from bn_jax.lab.experiment import Plan
-    from bn_jax.lab.training.checkpoint import Checkpoints, Restored
+    from bn_jax.lab.training.checkpoint import Checkpoints
 
+NOTHING = {"arm": None, "number": 0, "records": [], "steps": 0}
 END = sys.maxsize  # number of a chunk past the last
 T = TypeVar("T")
 
@@ -61,19 +60,16 @@ class Resumable:
         self._folder, self._every, self._kept = folder / "checkpoints", every, kept
         self._saved_at, self._trained = time.monotonic(), False
         found = self._checkpoints.restore() if any_process(self._folder.exists()) else None
-        about = found.extra if found else {"arm": None, "number": 0, "records": [], "steps": 0}
+        self._found: Any = found.extra if found else NOTHING
         self.records: list[Record] = []
         self._known: set[tuple[str, Point, int]] = set()
-        for line in about["records"] + _records(folder / "records.jsonl"):
+        for line in self._found["records"] + _records(folder / "records.jsonl"):
             self.add(Record.from_json(line))
-        self._before = self._steps = about["steps"]
-        self._arm, self._number, self._bytes = (
-            about["arm"],
-            about["number"],
-            about.get("bytes", 0),
-        )
-        if self._number == END:
-            self._restore({})
+        # Of the arm that was trained; None once a sweep is past it.
+        self._arm = self._found["arm"]
+        self._before = self._steps = self._found["steps"]
+        if self._found["number"] == END:
+            self._keep_again()
 
     @functools.cached_property
     def _checkpoints(self) -> Checkpoints:
@@ -124,23 +120,22 @@ class Resumable:
 
         if arm != self._arm:
             return {"done": done}
-        return {"done": done, "first": self._number, "resume": self._resume}
+        return {"done": done, "first": self._found["number"], "resume": self._resume}
 
     def _resume(self, state: Any) -> Underway:
         """From a state like the engine's to what was saved."""
-        found, history = self._restore(state)
-        done, seconds = found.extra["done"], tuple(found.extra["seconds"])
-        return Underway(done, found.state["state"], history, seconds)
+        restored = self._checkpoints.restore({"state": state, "steps": np.int64(0)})
+        assert restored  # as it was when this began
+        self._keep_again()
+        found = restored.extra
+        seconds = tuple(found["seconds"])
+        return Underway(found["done"], restored.state["state"], found["history"], seconds)
 
-    def _restore(self, state: Any) -> tuple[Restored, list[dict[str, np.ndarray]]]:
-        """The checkpoint and its history; what the watcher had kept it has again."""
-        like = {"state": state, "rest": np.zeros(self._bytes, np.uint8)}
-        found = self._checkpoints.restore(like)
-        assert found  # as it was when this began
-        rest: Any = msgpack_restore(found.state["rest"].tobytes())
+    def _keep_again(self):
+        """What the watcher had kept it has again."""
         if self._kept is not None:
-            self._kept.update({_key(text): value for text, value in rest["kept"].items()})
-        return found, rest["history"]
+            for arm, point, rest, value in self._found["kept"]:
+                self._kept[arm, Point(*point), rest] = value
 
     def after(self, arm: str, evaluation: Evaluation, records: Sequence[Record]) -> None:
         """Saves after an evaluation if it is time, or if SIGTERM came.
@@ -167,19 +162,20 @@ class Resumable:
         self._trained = False
 
     def _save(self, step, arm, number, underway, records):
-        kept = {_text(key): value for key, value in (self._kept or {}).items()}
-        rest = jax.tree.map(np.asarray, {"history": underway.history, "kept": kept})
-        content = np.frombuffer(msgpack_serialize(rest), np.uint8)
-        about = {
+        kept = [[a, [*p], rest, v] for (a, p, rest), v in (self._kept or {}).items()]
+        extra = {
             "arm": arm,
             "number": number,
             "done": underway.done,
-            "seconds": underway.seconds,
             "records": [record.to_json() for record in records],
             "steps": self._steps,
-            "bytes": content.size,
+            "seconds": [*underway.seconds],
+            "history": underway.history,
+            "kept": kept,
         }
-        self._checkpoints.save(step, {"state": underway.state, "rest": content}, about)
+        # At the end there is no state, and Orbax wants one array.
+        arrays = {"state": underway.state, "steps": np.int64(self._steps)}
+        self._checkpoints.save(step, arrays, extra)
         self._saved_at = time.monotonic()
 
     def _close(self):
@@ -190,13 +186,3 @@ class Resumable:
 def _records(path):
     """Those of an earlier start; none with several processes, which may not see the same."""
     return read_records(path) if jax.process_count() == 1 and path.exists() else []
-
-
-def _text(key):
-    arm, point, rest = key
-    return json.dumps([arm, list(point), rest])
-
-
-def _key(text):
-    arm, point, rest = json.loads(text)
-    return arm, Point(*point), rest

@@ -184,7 +184,8 @@ def missing(folder: Path) -> Path | None:
 def write_config(folder: Path, config: Any, experiment: str, **more: Any) -> dict[str, Any]:
     """Writes `config.json`: every flag, the command, versions, devices, the git commit."""
     # First those that say what is trained, last those that all experiments share.
-    shared = {**kinds(Source), **kinds(Processes), **kinds(Output)}.keys() - {"dataset"}
+    groups = (Source, Processes, Output, Workdir)
+    shared = {name for group in groups for name in kinds(group)} - {"dataset", "train_examples"}
     flags = dict(sorted(dataclasses.asdict(config).items(), key=lambda f: f[0] in shared))
     content = {
         "experiment": experiment,
@@ -212,14 +213,11 @@ def command(config: Any, experiment: str) -> str:
 
 def _needed(config):
     """Without defaults, and without what the config makes of other flags, as of `quick`."""
-    names = [f.name for f in dataclasses.fields(config)]
-    place = {n: getattr(config, n) for n in PLACE if n in names}
+    values = {name: getattr(config, name) for name in kinds(type(config))}
+    place = {name: values.pop(name) for name in PLACE if name in values}
     quick = config.QUICK if getattr(config, "quick", False) else ()
-    given = {
-        f.name: getattr(config, f.name)
-        for f in dataclasses.fields(config)
-        if (getattr(config, f.name) != f.default or f.name in quick) and f.name not in place
-    }
+    defaults = {name: kind.default for name, kind in kinds(type(config)).items()}
+    given = {k: v for k, v in values.items() if v != defaults[k] or k in quick}
     for name in list(given):
         rest = {k: v for k, v in given.items() if k != name}
         with contextlib.suppress(UserError):  # it cannot be left out

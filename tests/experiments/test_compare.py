@@ -129,7 +129,7 @@ REFUSED = [
     ({"learning_rates": (1.0, 1.0)}, "each once"),
     ({"arms": ("bn", "bn")}, "each once"),
     ({"places": ()}, "name one or more"),
-    ({"target": 95.0}, r"--target=95.0: an accuracy is in \(0, 1\]"),
+    ({"target": 95.0}, "--target=95.0: it must be above 0 and at most 1"),
     ({"validation_fraction": 1.0}, r"\[0, 1\)"),
     ({"batch_size": 1079}, "more than the 1078 training examples of digits"),
     ({"dataset": "circles", "augment": ("flip",)}, "augmentation is for images"),

@@ -14,6 +14,7 @@ import pytest
 from absl import flags as absl_flags
 
 from bn_jax.lab import flags, workdir
+from bn_jax.lab.fields import kinds
 from bn_jax.lab.findings import Published
 from bn_jax.lab.report import read_json, read_records
 
@@ -312,8 +313,8 @@ def test_help_names_every_flag_within_a_second(name, environment):
     seconds = time.perf_counter() - start
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert not imported & {"jax", "flax", "optax", "matplotlib", "orbax"}, seconds
-    for field in dataclasses.fields(load(name).Config):
-        assert f"--{field.name}" in done.stdout or f"--[no]{field.name}" in done.stdout
+    for flag in kinds(load(name).Config):
+        assert f"--{flag}" in done.stdout or f"--[no]{flag}" in done.stdout
 
 
 @pytest.mark.parametrize("name", [n for n in TINY if n != "correctness"])

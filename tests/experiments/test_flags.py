@@ -7,8 +7,9 @@ import shlex
 import pytest
 from absl import flags as absl_flags
 
+from bn_jax.errors import UserError
 from bn_jax.lab import comparison, flags, workdir
-from bn_jax.lab.fields import flag
+from bn_jax.lab.fields import fixed, flag
 from experiments import circles
 
 
@@ -99,6 +100,31 @@ def test_the_command_leaves_out_what_follows_from_another_flag():
     command = workdir.command(config, "circles")
     assert set(command.split()[3:]) == {"--quick=True", "--batch_size=16"}
     assert parse(*command.split()[3:], config=circles.Config) == config
+
+
+def test_one_value_is_a_list_of_one():
+    config = comparison.Config(learning_rates=0.1, arms="bn", features=[8, 4])
+    assert (config.learning_rates, config.arms, config.features) == ((0.1,), ("bn",), (8, 4))
+
+
+@dataclasses.dataclass(frozen=True)
+class Narrow(comparison.Config):
+    """Another default, and a value that is fixed."""
+
+    momentums: tuple[float, ...] = flag((0.5,))
+    l2: float = fixed(0.1)
+
+
+def test_a_subclass_keeps_what_is_allowed_and_arms_change_what_is_fixed():
+    with pytest.raises(UserError, match=r"--momentums=1.0: it must be at least 0 and below 1"):
+        Narrow(momentums=1.0)
+    with pytest.raises(absl_flags.UnrecognizedFlagError, match="l2"):
+        parse("--l2=1", config=Narrow)
+    config = Narrow()
+    changed = config.changed({"l2": 0.3, "steps": 40})
+    assert (changed.l2, changed.steps, config.l2, config.steps) == (0.3, 40, 0.1, 1500)
+    with pytest.raises(UserError, match="--eval_every=20 does not divide --steps=30"):
+        config.changed({"steps": 30})
 
 
 PROGRAM = """

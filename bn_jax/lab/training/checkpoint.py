@@ -1,13 +1,12 @@
 """Checkpoints that a kill, a full disk or a damaged file cannot turn into a wrong state.
 
-Orbax writes them, in the background and by all processes together, and gives a folder its
-name only when it is complete. It does not notice what becomes of the files afterwards: with
-a bit flipped in a stored array, Orbax 0.12.8 mostly restores other numbers without a word.
-So the last thing written before the name is a file of checksums, and a checkpoint is
-restored only if they hold.
+Orbax writes them in the background, by all processes together, and names a folder only when
+it is complete. It does not check the files later: with a bit flipped in a stored array, Orbax
+0.12.8 mostly restores other numbers without a word. So a file of checksums is written last,
+and a checkpoint is restored only if they hold.
 
     <folder>/<step>/state           the arrays, as Orbax's StandardSave writes them
-    <folder>/<step>/extra.json      what stands beside them
+    <folder>/<step>/extra.msgpack   what is saved beside them
     <folder>/<step>/checksums.json  SHA-256 of the files by path
 """
 
@@ -28,12 +27,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.serialization import msgpack_restore, msgpack_serialize
 from jax.experimental.multihost_utils import broadcast_one_to_all
 
 from bn_jax.errors import UserError
 
 KEEP = 2  # checkpoints; the last ones
-EXTRA, CHECKSUMS = "extra.json", "checksums.json"
+EXTRA, CHECKSUMS = "extra.msgpack", "checksums.json"
 # Orbax writes these after all others. With any damage to them it restores the same state.
 UNCHECKED = ("_CHECKPOINT_METADATA", "commit_success.txt")
 UNFINISHED = ".orbax-checkpoint-tmp*"
@@ -42,7 +42,7 @@ NONE, DAMAGED = -1, -2
 
 
 class Restored(NamedTuple):
-    """What `Checkpoints.restore` found: a step, its state, and the JSON beside it."""
+    """A step, its state, and what was saved beside it."""
 
     step: int
     state: Any
@@ -60,7 +60,7 @@ class Checkpoints:
     def __init__(self, folder: Path):
         self._folder = Path(folder).expanduser().absolute()
         self._manager: ocp.CheckpointManager | None = None
-        self._saving, self._about = NONE, ""
+        self._saving, self._extra = NONE, b""
 
     def save(self, step: int, state: Any, extra: Any) -> None:
         """Starts to save, once the save before is done; the state may be donated afterwards.
@@ -72,16 +72,15 @@ class Checkpoints:
         Args:
           step: its number, above that of an earlier save; what is there is not saved again.
           state: a pytree of arrays, typed keys among them, not all without elements.
-          extra: what `json.dumps` takes.
+          extra: dicts with text as keys, and lists, of numbers, text, None and arrays.
 
         Raises:
-          TypeError: of `extra`, by `json.dumps`.
           ValueError: two arrays have one name, as "a.b" and a, b have.
           OSError: the folder cannot be written, for another reason than a full disk.
         """
-        about = json.dumps({"extra": extra, "arrays": _described(state)})
+        about = msgpack_serialize({"extra": extra, "arrays": _described(state)})
         self.wait()
-        self._saving, self._about = step, about
+        self._saving, self._extra = step, about
         try:
             manager = self._open()
             if step not in manager.all_steps():
@@ -103,7 +102,6 @@ class Checkpoints:
           UserError: none is whole, or its arrays are others than `like`'s.
         """
         self.close()
-        self._clear()
         step = self._newest_whole() if jax.process_index() == 0 else NONE
         step = int(broadcast_one_to_all(np.int32(step)))
         if step == DAMAGED:
@@ -113,18 +111,24 @@ class Checkpoints:
             )
         if step == NONE:
             return None
-        folder = self._folder / str(step)
-        about = json.loads((folder / EXTRA).read_bytes())
-        state = None
-        if like is not None:
-            _check(like, about["arrays"], folder)
-            template = ocp.args.StandardRestore(jax.tree.map(_template, like))
-            found = self._open().restore(step, args=ocp.args.Composite(state=template))["state"]
-            leaves, structure = jax.tree.flatten(like)
-            arrays = iter(jax.tree.leaves(found))
-            state = [_as(leaf, next(arrays) if leaf.size else None) for leaf in leaves]
-            state = structure.unflatten(state)
+        about = msgpack_restore((self._folder / str(step) / EXTRA).read_bytes())
+        state = None if like is None else self._state(step, like, about["arrays"])
         return Restored(step, state, about["extra"])
+
+    def _state(self, step, like, described):
+        for there, here in itertools.zip_longest(
+            described, _described(like), fillvalue="no more"
+        ):
+            if there != here:
+                raise UserError(
+                    f"{self._folder / str(step)} is of another run: it has {there} where this "
+                    f"one has {here}; use its flags, or another folder"
+                )
+        template = ocp.args.StandardRestore(jax.tree.map(_template, like))
+        found = self._open().restore(step, args=ocp.args.Composite(state=template))["state"]
+        leaves, structure = jax.tree.flatten(like)
+        arrays = iter(jax.tree.leaves(found))
+        return structure.unflatten(_as(v, next(arrays) if v.size else None) for v in leaves)
 
     def wait(self) -> None:
         """Returns when the last save has ended, well or with a full disk."""
@@ -146,23 +150,26 @@ class Checkpoints:
             # Its tracebacks of errors that are raised as well.
             logging.getLogger("absl").addFilter(_not_of_orbax)
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._clear()
             # In the background, folders that cannot be made leave threads that wait for them
             # for 20 minutes, and the program cannot end.
             background = ocp.AsyncOptions(
                 post_finalization_callback=self._seal, create_directories_asynchronously=False
             )
-            options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, async_options=background)
-            self._manager = ocp.CheckpointManager(self._folder, options=options)
+            self._manager = ocp.CheckpointManager(
+                self._folder,
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=KEEP, async_options=background, cleanup_tmp_directories=True
+                ),
+            )
         return self._manager
 
     def _seal(self):
         """Called by Orbax in process 0 when all is written, before the folder gets its name."""
         (folder,) = self._folder.glob(f"{self._saving}{UNFINISHED}")
-        _write(folder / EXTRA, self._about)
+        _write(folder / EXTRA, self._extra)
         files = [p for p in folder.rglob("*") if p.is_file() and p.name not in UNCHECKED]
         sums = {p.relative_to(folder).as_posix(): _checksum(p) for p in files}
-        _write(folder / CHECKSUMS, json.dumps(sums, indent=0))
+        _write(folder / CHECKSUMS, json.dumps(sums, indent=0).encode())
 
     def _newest_whole(self):
         faults = {step: fault(self._folder / str(step)) for step in self._steps()}
@@ -181,12 +188,6 @@ class Checkpoints:
         names = [p.name for p in self._folder.glob("*") if p.is_dir()]
         return sorted(int(name) for name in names if name.isdecimal())
 
-    def _clear(self):
-        """Removes what is unfinished."""
-        if jax.process_index() == 0:
-            for left in self._folder.glob(f"*{UNFINISHED}"):
-                shutil.rmtree(left, ignore_errors=True)
-
     def _give_up(self, error):
         """Raises the error unless it is one that training can go on with."""
         reason = next((os.strerror(c) for c in FULL if os.strerror(c) in str(error)), None)
@@ -194,7 +195,8 @@ class Checkpoints:
             raise error
         # It would raise its error again, and has forgotten what it wanted to delete.
         self._manager = None
-        self._clear()
+        for left in self._folder.glob(f"*{UNFINISHED}"):
+            shutil.rmtree(left, ignore_errors=True)
         kept = "there is no checkpoint yet"
         if steps := self._steps():
             kept = f"kept the checkpoint of step {steps[-1]}"
@@ -209,19 +211,20 @@ def fault(folder: Path) -> str | None:
     """
     name = CHECKSUMS
     try:
-        for name, checksum in json.loads((folder / CHECKSUMS).read_bytes()).items():
-            if _checksum(folder / name) != checksum:
+        sums = json.loads((folder / CHECKSUMS).read_bytes())
+        for name in (EXTRA, *sums):
+            if _checksum(folder / name) != sums[name]:
                 return f"{name} is not as it was written"
     except (FileNotFoundError, NotADirectoryError):
         return f"{name} is missing"
-    except (ValueError, AttributeError):
+    except (ValueError, LookupError, TypeError):
         return f"{CHECKSUMS} is not as it was written"
     return None
 
 
-def _write(path, text):
-    with open(path, "x") as file:
-        file.write(text)
+def _write(path, content):
+    with open(path, "xb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
@@ -245,19 +248,7 @@ def _described(state):
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"two arrays of the state are named {min(twice)}: rename one")
-    return [
-        f"{jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves
-    ]
-
-
-def _check(like, described, folder):
-    """Raises a UserError that names the first array of `like` that is another."""
-    for there, here in itertools.zip_longest(described, _described(like), fillvalue="no more"):
-        if there != here:
-            raise UserError(
-                f"{folder} is of another run: it has {there} where this one has {here}; use "
-                "its flags, or another folder"
-            )
+    return [f"{jax.tree_util.keystr(path)} {v.dtype}{list(v.shape)}" for path, v in leaves]
 
 
 def _stored(leaf):
@@ -302,9 +293,7 @@ def _sharding(leaf):
 
 def _numbers(leaf):
     """Of shape and dtype as they are stored."""
-    if not _is_key(leaf):
-        return leaf
-    return jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    return jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
 
 
 def _is_key(leaf):

@@ -122,13 +122,6 @@ def any_process(flag: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.int32(bool(flag))).any())
 
 
-def total(number: int) -> int:
-    """The sum over the processes, all of which must ask."""
-    if jax.process_count() == 1:
-        return number
-    return int(multihost_utils.process_allgather(np.int32(number)).sum())
-
-
 def everyone(tree: Any) -> Any:
     """The whole arrays as numpy, in every process, wherever their parts are.
 

@@ -92,10 +92,11 @@ states = st.recursive(
 )
 
 
+NUMBERS = st.integers(-(2**63), 2**63) | st.floats(allow_nan=False) | st.none()
+
+
 @settings(max_examples=30, deadline=None)
-@given(
-    state=states, extra=st.dictionaries(st.text(), st.integers() | st.floats(allow_nan=False))
-)
+@given(state=states, extra=st.dictionaries(st.text(), NUMBERS))
 def test_a_state_comes_back_bit_by_bit(tmp_path_factory, state, extra):
     checkpoints = Checkpoints(tmp_path_factory.mktemp("any"))
     state = {"one": np.arange(1), "rest": state}
@@ -263,7 +264,7 @@ def test_where_no_checkpoint_is_whole_it_says_so_and_touches_none(two_steps, tmp
     folder = tmp_path / "copy"
     shutil.copytree(two_steps, folder)
     for step in ("1", "2"):
-        (folder / step / "extra.json").write_bytes(b"{}")
+        (folder / step / checkpoint.EXTRA).write_bytes(b"")
     checkpoints = Checkpoints(folder)
     with pytest.raises(
         UserError, match=r"no checkpoint in .*copy is whole: put a copy back, or"
@@ -351,8 +352,6 @@ def test_other_errors_end_the_run(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"Not a directory|File exists"):
         Checkpoints(tmp_path / "file").save(1, {"x": jnp.zeros(1)}, {})
-    with pytest.raises(TypeError, match="JSON"):
-        Checkpoints(tmp_path).save(1, {"x": jnp.zeros(1)}, {"x": jnp.zeros(1)})
     with pytest.raises(ValueError, match=r"two arrays of the state are named a\.b"):
         Checkpoints(tmp_path).save(1, {"a.b": jnp.zeros(1), "a": {"b": jnp.zeros(1)}}, {})
 
