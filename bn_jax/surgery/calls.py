@@ -278,6 +278,10 @@ class Hooking:
                 return (base if callable_by(base) else cls), None
         return None
 
+    def given(self, call: Call) -> Any:
+        """What the hook returns."""
+        return self.hook(call)
+
     def swapped(self, path: Path) -> str:
         """The name of the norm that the hook puts in place of a BatchNorm; "" of none."""
         return ""
@@ -292,7 +296,7 @@ class Hooking:
                 return function
             adapter = None
         swapped = self.swapped(path) or within
-        return _Around(self.hook, Call(path, layer, (), {}, function, kind, adapter, swapped))
+        return _Around(self.given, Call(path, layer, (), {}, function, kind, adapter, swapped))
 
     def check(self, path: Path, layer: Any, called: bool) -> None:
         """Reports a stranger, after a method of it has returned."""

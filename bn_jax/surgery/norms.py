@@ -18,15 +18,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 import bn_jax.linen
 from bn_jax.core.arrays import (
@@ -185,71 +182,8 @@ def renorm(site: Site, *, r_max: Bound = PAPER_R_MAX, d_max: Bound = PAPER_D_MAX
     return _running(site, function)
 
 
-NORMS: dict[str, Callable[..., Result]] = {
-    f.__name__: f for f in (none, bn, layer, group, instance, rms, ghost, renorm, dyt)
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Norm:
-    """What computes a BatchNorm's call.
-
-    Attributes:
-      name: for messages; `flax` is the layer as it was.
-      function: from a `Site`; None of a layer class, and of the layer as it was.
-      layer: a layer class, or a partial of one.
-      new: variables that it has beside the BatchNorm's: the name, the type in NNX, and what
-        it starts from.
-    """
-
-    name: str
-    function: Callable[[Site], Result] | None = None
-    layer: Callable[..., Any] | None = None
-    new: tuple[tuple[str, type[nnx.Variable], float], ...] = ()
-
-    @classmethod
-    def named(cls, name: str, options: dict[str, Any]) -> Norm:
-        """One of `NORMS`, or `flax`.
-
-        Raises:
-          ValueError: an unknown name; an option that the norm does not have.
-        """
-        if name not in NORMS and name != "flax":
-            raise ValueError(f"norm={name!r} is none of {', '.join(NORMS)} and flax")
-        has = list(inspect.signature(NORMS[name]).parameters)[1:] if name in NORMS else []
-        if unknown := [option for option in options if option not in has]:
-            raise ValueError(
-                f"{name} has no option {unknown[0]}, but {', '.join(has) or 'none'}"
-            )
-        if name == "flax":
-            return cls(name)
-        new: dict[str, Any] = {"dyt": (("alpha", nnx.Param, options.get("alpha", 0.5)),)}
-        new["renorm"] = (("count", nnx.BatchStat, 0),)
-        function = functools.partial(NORMS[name], **options)
-        return cls(name, function, new=new.get(name, ()))
-
-    @classmethod
-    def of(cls, norm: Any, base: type) -> Norm:
-        """A function, or a layer class of the API whose modules are `base`.
-
-        Raises:
-          TypeError: it is neither.
-        """
-        made = norm
-        while isinstance(made, functools.partial):
-            made = made.func
-        if isinstance(made, type) and issubclass(made, base):
-            return cls("a layer class", layer=norm)
-        if isinstance(made, type | nn.Module | nnx.Module) or not callable(made):
-            api = "flax.linen" if base is nn.Module else "flax.nnx"
-            name = made.__name__ if isinstance(made, type) else f"a {type(made).__name__}"
-            raise TypeError(
-                f"norm is {name}: say a name, a function, or a layer class of {api}"
-            )
-        return cls("a function", functools.partial(_of_function, norm))
-
-
-def _of_function(function, site: Site) -> Result:
+def of_function(function: Callable[..., jax.Array], site: Site) -> Result:
+    """Returns function(x, scale, bias, train=...), scale and bias in x's rank, or 1 and 0."""
     scale, bias = site.vectors
     one = jnp.ones((1,) * site.x.ndim, site.x.dtype)
     scale, bias = one if scale is None else scale, 0 * one if bias is None else bias
@@ -257,6 +191,11 @@ def _of_function(function, site: Site) -> Result:
     if (shape := getattr(y, "shape", None)) != site.x.shape:
         raise ValueError(f"the norm makes {shape} of an input of shape {site.x.shape}")
     return _finished(site, y, scaled=False, biased=False)
+
+
+NORMS: dict[str, Callable[..., Result]] = {
+    f.__name__: f for f in (none, bn, layer, group, instance, rms, ghost, renorm, dyt)
+}
 
 
 @promoting

@@ -5,36 +5,28 @@ from __future__ import annotations
 import contextvars
 import dataclasses
 import fnmatch
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from bn_jax.core.layer import check_call
-from bn_jax.core.running import BatchStats
 from bn_jax.surgery.calls import (
-    SWAPPED_BATCH_NORMS,
-    Adapter,
     BatchNorms,
     Call,
     Hooking,
     Path,
-    attributes,
     refuse,
     spelled,
 )
-from bn_jax.surgery.diagnose.modes import MODES
 from bn_jax.surgery.freeze import norm_paths
 from bn_jax.surgery.intercept import Linen, hook_in, known
-from bn_jax.surgery.norms import Norm, Site
+from bn_jax.surgery.norms import NORMS, of_function
 from bn_jax.surgery.observe import Pattern, fitting
-from bn_jax.surgery.tree import COLLECTIONS, value
+from bn_jax.surgery.replacements import INNER, AsItWas, Computed, Layer
 
-INNER = "surgery_layer"  # the attribute of an NNX layer with the one in its place
 # The layers that are swapped right now: what is called within is what it is.
 _within: contextvars.ContextVar[tuple[Path, ...]] = contextvars.ContextVar("within", default=())
 
@@ -85,192 +77,90 @@ def swap(
             f"{type(model).__name__} is no Linen module and no nnx.Module: of a GraphDef swap "
             "nnx.merge(graphdef, state)"
         )
-    base = nnx.Module if isinstance(model, nnx.Module) else nn.Module
-    made = Norm.named(norm, options) if isinstance(norm, str) else Norm.of(norm, base)
-    if options and not isinstance(norm, str):
-        raise ValueError(f"{', '.join(options)}: {made.name} takes no options, use partial")
+    hook = _hook(norm, options, nnx.Module if isinstance(model, nnx.Module) else nn.Module)
+    name = norm if isinstance(norm, str) else "a norm without a name"
     globs = (only,) if isinstance(only, str) else tuple(only)
-    hooking = _Swapping(_Swap(made, globs), known(batch_norms), (), refuse)
+    hooking = _Swapping(hook, known(batch_norms), (), refuse, name=name, only=globs)
     if not isinstance(model, nnx.Module):
         return hook_in(model, {}, hooking)
     module = nnx.clone(model)
-    kinds = {path: (v, hooking.kind(type(v))) for path, v in nnx.iter_modules(module)}
-    layers = {
-        path: (v, kind[1]) for path, (v, kind) in kinds.items() if kind and INNER not in path
+    kinds = ((p, layer, hooking.kind(type(layer))) for p, layer in nnx.iter_modules(module))
+    calls = {
+        path: Call(path, layer, (), {}, layer, *kind)
+        for path, layer, kind in kinds
+        if kind and INNER not in path
     }
-    for path in fitting(layers, globs):
-        _prepare(made, path, *layers[path])
+    for path in fitting(calls, globs):
+        hook.prepare(calls[path])
     graphdef, state = nnx.split(module)
     graphdef: Any = hook_in(graphdef, state, hooking)
     return nnx.merge(graphdef, state)
 
 
-def _fits(globs: tuple[str, ...], path: Path) -> bool:
-    return any(fnmatch.fnmatchcase(spelled(path), glob) for glob in globs)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Swap:
-    """What is made of the calls of BatchNorms: a hook.
-
-    Attributes:
-      norm: in the place of these.
-      only: globs over their paths.
-    """
-
-    norm: Norm
-    only: tuple[str, ...]
-
-    def swaps(self, path: Path) -> bool:
-        """Whether the BatchNorm is swapped, which within its own call it is not."""
-        return _fits(self.only, path) and INNER not in path and path not in _within.get()
-
-    def __call__(self, call: Call) -> Any:
-        """What the norm returns."""
-        if not self.swaps(call.path):
-            return call.proceed()
-        token = _within.set((*_within.get(), call.path))
-        try:
-            return self._swapped(call)
-        finally:
-            _within.reset(token)
-
-    def _swapped(self, call):
-        making = isinstance(call.layer, nn.Module) and call.layer.is_initializing()
-        if self.norm.name == "flax" or call.use_running_average is None:
-            return call.proceed()  # or its refusal
-        if making:
-            call.proceed()
-            _make(self.norm, call.layer)
-        if self.norm.layer is not None:
-            return _called(_inner(self.norm.layer, call), call)
-        given = {n: call.kwargs[n] for n in ("scale", "bias") if n in call.kwargs}
-        if given:
-            check_call(call.layer, **given)
-        site = Site(call, _leaves(call) | given, making)
-        self._check(site)
-        y, stats = self.norm.function(site)
-        moves = not (making or call.use_running_average)
-        if stats is not None and moves and call.kwargs.get("update_stats", True):
-            _write(call, stats)
-        return y
-
-    def _check(self, site):
-        """Refuses a layer some of whose variables are missing."""
-        wanted = [name for name, _, _ in self.norm.new]
-        wanted += ["mean", "var"] if self.norm.name in SWAPPED_BATCH_NORMS else []
-        wanted += [n for n in ("scale", "bias") if getattr(site.call.layer, f"use_{n}", False)]
-        if missing := [name for name in wanted if name not in site.leaves]:
-            raise ValueError(
-                f"{spelled(site.call.path)} has no {' and no '.join(missing)} for "
-                f"{self.norm.name}: take it from what init of the swapped model returns"
-            )
+def _hook(norm: Any, options: dict[str, Any], base: type) -> AsItWas:
+    """The hook of a norm, for a model whose class is derived from `base`."""
+    if isinstance(norm, str):
+        if norm not in NORMS and norm != "flax":
+            raise ValueError(f"norm={norm!r} is none of {', '.join(NORMS)} and flax")
+        has = list(inspect.signature(NORMS.get(norm, AsItWas)).parameters)[1:]
+        if unknown := [option for option in options if option not in has]:
+            raise ValueError(f"{norm} has options {has}, not {unknown[0]}")
+        if norm == "flax":
+            return AsItWas()
+        start = {"dyt": {"alpha": options.get("alpha", 0.5)}, "renorm": {"count": 0}}
+        function = functools.partial(NORMS[norm], **options)
+        return Computed(norm, function, start.get(norm, {}))
+    if options:
+        raise ValueError(f"{', '.join(options)}: options are of norms with a name; use partial")
+    made = norm
+    while isinstance(made, functools.partial):
+        made = made.func
+    if isinstance(made, type) and issubclass(made, base):
+        return Layer(norm)
+    if isinstance(made, type | nn.Module | nnx.Module) or not callable(made):
+        name = made.__name__ if isinstance(made, type) else f"a {type(made).__name__}"
+        api = "flax.linen" if base is nn.Module else "flax.nnx"
+        raise TypeError(f"norm is {name}: say a name, a function or a class of {api}")
+    return Computed("", functools.partial(of_function, norm), {})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Swapping(Hooking):
-    """The hook, and a check that it was given something to do."""
+    """A hook in place of the BatchNorms of a pattern.
 
-    hook: _Swap
+    Attributes:
+      name: of the norm.
+      only: globs over their paths.
+    """
+
     replaces: ClassVar[bool] = True
+    name: str = ""
+    only: tuple[str, ...] = ("*",)
+
+    def given(self, call: Call) -> Any:
+        """What the norm returns, within which the BatchNorm is itself."""
+        if not self.swapped(call.path) or call.use_running_average is None:
+            return call.proceed()  # or its refusal
+        token = _within.set((*_within.get(), call.path))
+        try:
+            return self.hook(call)
+        finally:
+            _within.reset(token)
 
     def swapped(self, path: Path) -> str:
-        """The norm's name."""
-        return self.hook.norm.name if self.hook.swaps(path) else ""
+        """The norm's name, of a BatchNorm that it replaces."""
+        there = INNER not in path and path not in _within.get()
+        return self.name if there and self._fits(path) else ""
 
     def check(self, path: Path, layer: Any, called: bool) -> None:
         """Raises a ValueError, when a Linen model has run, if no BatchNorm fits."""
-        if _fits(self.hook.only, path):
+        if self._fits(path):
             super().check(path, layer, called)
+        if path != () or not isinstance(layer, nn.Module):
+            return
         # While variables are made, not after a helper that the model calls first.
-        if (
-            path == ()
-            and isinstance(layer, nn.Module)
-            and (called or not layer.is_initializing())
-        ):
-            there = self.met | set(norm_paths(layer.variables))
-            fitting(sorted(there, key=str), self.hook.only)
+        if called or not layer.is_initializing():
+            fitting(sorted(self.met | set(norm_paths(layer.variables)), key=str), self.only)
 
-
-def _leaves(call: Call) -> dict[str, jax.Array]:
-    """The layer's variables, by our names."""
-    layer = call.layer
-    if isinstance(layer, nnx.Module):
-        stored = {n: v for n, v in vars(layer).items() if isinstance(v, nnx.Variable)}
-    else:
-        stored = {n: v for c in COLLECTIONS for n, v in layer.variables.get(c, {}).items()}
-    return call.adapted.ours({n: value(v) for n, v in stored.items()})
-
-
-def _write(call: Call, stats: BatchStats) -> None:
-    """Keeps running statistics, those that the layer has."""
-    for name, v in call.adapted.theirs(stats._asdict()).items():
-        if isinstance(call.layer, nnx.Module):
-            if isinstance(old := getattr(call.layer, name, None), nnx.Variable):
-                old.set_value(v)
-        elif call.layer.has_variable("batch_stats", name):
-            call.layer.put_variable("batch_stats", name, v)
-
-
-def _make(norm: Norm, layer: nn.Module) -> None:
-    """Makes the norm's own variables in a Linen layer."""
-    for name, kind, start in norm.new:
-        collection = "params" if kind is nnx.Param else "batch_stats"
-        if not layer.has_variable(collection, name):
-            layer.put_variable(collection, name, _start(layer, kind, start, ()))
-
-
-def _start(layer, kind, start, shape):
-    dtype = getattr(layer, "param_dtype", jnp.float32) if kind is nnx.Param else jnp.int32
-    return jnp.full(shape, start, dtype)
-
-
-def _prepare(norm: Norm, path: Path, layer: Any, adapter: Adapter | None) -> None:
-    """Makes the norm's own variables, or its layer, in an NNX layer."""
-    mean, axis = getattr(layer, adapter.mean), adapter.read(layer, "axis")
-    sizes = mean.shape[-1 if isinstance(axis, int) else -len(axis) :]
-    repeats = mean.shape[: mean.ndim - len(sizes)]  # of a layer under vmap or scan
-    for name, kind, start in norm.new:
-        if getattr(layer, name, None) is None:
-            setattr(layer, name, kind(_start(layer, kind, start, repeats)))
-    if norm.layer is None:
-        return
-    inner = norm.layer(sizes[0] if len(sizes) == 1 else sizes, rngs=nnx.Rngs(0))
-    lent = adapter.ours({n: v for n, v in vars(layer).items() if isinstance(v, nnx.Variable)})
-    for name, v in lent.items():
-        if isinstance(own := getattr(inner, name, None), nnx.Variable):
-            if (*repeats, *own.shape) != v.shape:
-                raise ValueError(
-                    f"{spelled(path)} has {name} of shape {v.shape}, and "
-                    f"{type(inner).__name__} of shape {own.shape}"
-                )
-            setattr(inner, name, None)
-    graphdef, state = nnx.split(inner)
-    state = jax.tree.map(lambda v: jnp.broadcast_to(v, (*repeats, *v.shape)), state)
-    layer.surgery_lent = tuple(name for name in lent if hasattr(inner, name))
-    setattr(layer, INNER, nnx.merge(graphdef, state))
-
-
-def _inner(make: Callable[..., Any], call: Call) -> Any:
-    """The layer in the place of a BatchNorm, on its variables."""
-    if isinstance(call.layer, nn.Module):
-        # In a scope whose names are free again: variables that are there are taken.
-        return make(parent=call.layer.scope.rewound())
-    return getattr(call.layer, INNER)
-
-
-def _called(inner: Any, call: Call) -> Any:
-    """What a layer returns, told the mode and the mask where its call takes them."""
-    takes = inspect.signature(type(inner).__call__).parameters
-    inference = call.use_running_average
-    told = {name: training != inference for name, training in MODES.items() if name in takes}
-    if "mask" in takes and call.kwargs.get("mask") is not None:
-        told["mask"] = call.kwargs["mask"]
-    lent = {}
-    if isinstance(inner, nnx.Module):
-        own = call.adapted.theirs({n: n for n in call.layer.surgery_lent})
-        lent = {ours: getattr(call.layer, theirs) for theirs, ours in own.items()}
-    with attributes(inner, **lent):
-        y = inner(call.x, **told)
-    activation = getattr(call.layer, "activation", None)
-    return y if activation is None else activation(y)
+    def _fits(self, path):
+        return any(fnmatch.fnmatchcase(spelled(path), glob) for glob in self.only)
