@@ -84,12 +84,11 @@ def swap(
     if not isinstance(model, nnx.Module):
         return hook_in(model, {}, hooking)
     module = nnx.clone(model)
-    kinds = ((p, layer, hooking.kind(type(layer))) for p, layer in nnx.iter_modules(module))
-    calls = {
-        path: Call(path, layer, (), {}, layer, *kind)
-        for path, layer, kind in kinds
-        if kind and INNER not in path
-    }
+    calls = {}
+    for path, layer in nnx.iter_modules(module):
+        hooking.check(path, layer, called=False)
+        if INNER not in path and (kind := hooking.kind(type(layer))):
+            calls[path] = Call(path, layer, (), {}, layer, *kind)
     for path in fitting(calls, globs):
         hook.prepare(calls[path])
     graphdef, state = nnx.split(module)
@@ -156,10 +155,7 @@ class _Swapping(Hooking):
         """Raises a ValueError, when a Linen model has run, if no BatchNorm fits."""
         if self._fits(path):
             super().check(path, layer, called)
-        if path != () or not isinstance(layer, nn.Module):
-            return
-        # While variables are made, not after a helper that the model calls first.
-        if called or not layer.is_initializing():
+        if path == () and called and isinstance(layer, nn.Module):
             fitting(sorted(self.met | set(norm_paths(layer.variables)), key=str), self.only)
 
     def _fits(self, path):
