@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -105,6 +105,20 @@ def _with(hooks, new, outermost):
     """The hooks with a new one; those that replace layers are within the others."""
     at = 0 if outermost else sum(not h.replaces for h in hooks)
     return (*hooks[:at], new, *hooks[at:])
+
+
+def swapped(model: Model, variables: Variables, paths: Iterable[Path]) -> dict[Path, str]:
+    """The names of what `swap` has put in place of these layers, by their paths."""
+    layers = {}
+    if isinstance(model, nnx.GraphDef):
+        layers = dict(nnx.iter_modules(nnx.merge(model, variables, copy=True)))
+    every = model.hooks if isinstance(model, Intercepted) else ()
+    found = {}
+    for path in paths:
+        own = (met.hooking for met in getattr(layers.get(path), "surgery_hooks", ()))
+        names = [name for hooking in (*every, *own) if (name := hooking.swapped(path))]
+        found |= {path: names[0]} if names else {}
+    return found
 
 
 def apply(model: Model, variables: Variables, *inputs: Any, **call: Any) -> Any:
