@@ -11,6 +11,7 @@ from bn_jax.surgery.diagnose import Finding, diagnose, findings_to_json
 from bn_jax.surgery.fold import fold
 from bn_jax.surgery.freeze import decay_mask, freeze, frozen_mask
 from bn_jax.surgery.recalibrate import recalibrate, reset
+from bn_jax.surgery.swap import swap
 
 __all__ = [
     "Adapter",
@@ -26,4 +27,5 @@ __all__ = [
     "frozen_mask",
     "recalibrate",
     "reset",
+    "swap",
 ]

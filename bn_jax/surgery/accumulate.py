@@ -210,7 +210,7 @@ def _link(whole, adjoint, part):
 
 def _refuse(calls, unbound):
     for call in calls:
-        if isinstance(call.layer, (*GHOSTS, *RENORMS)):
+        if isinstance(call.layer, (*GHOSTS, *RENORMS)) or call.swapped in ("ghost", "renorm"):
             raise ValueError(
                 f"{named(call)} normalises by more, or less, than the batch: use accumulate"
             )

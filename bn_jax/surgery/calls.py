@@ -8,7 +8,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -24,6 +24,8 @@ OURS = (bn_jax.linen.BatchNorm, bn_jax.nnx.BatchNorm)
 GHOSTS = (bn_jax.linen.GhostBatchNorm, bn_jax.nnx.GhostBatchNorm)
 RENORMS = (bn_jax.linen.BatchRenorm, bn_jax.nnx.BatchRenorm)
 BATCH_NORMS = (nn.BatchNorm, nnx.BatchNorm, *OURS)  # of which the others are subclasses
+# Of `swap`: in place of a BatchNorm these are BatchNorms to other operations too.
+SWAPPED_BATCH_NORMS = ("bn", "flax", "ghost", "renorm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +107,7 @@ class Call(NamedTuple):
       next: what it would have called.
       kind: the known class whose `__call__` it is, of which the layer's may be a subclass.
       adapter: how to read it, if it is a BatchNorm; otherwise None.
+      swapped: the name of the norm in its place, if `swap` has put one there.
     """
 
     path: Path
@@ -114,6 +117,7 @@ class Call(NamedTuple):
     next: Callable[..., Any]
     kind: type
     adapter: Adapter | None
+    swapped: str = ""
 
     @property
     def adapted(self) -> Adapter:
@@ -250,7 +254,11 @@ class Hooking:
       stranger: is given the path and class of a layer with running statistics that the hook
         cannot be given, as its class is unknown, or its `__call__` is its own.
       met: paths of BatchNorms whose calls the hook was given, or an outer one in its stead.
+      replaces: whether it puts another norm in place of a BatchNorm. Such hooks are within all
+        others, which are given no calls of a layer that is no BatchNorm any more.
     """
+
+    replaces: ClassVar[bool] = False
 
     hook: Hook
     norms: BatchNorms
@@ -270,15 +278,25 @@ class Hooking:
                 return (base if callable_by(base) else cls), None
         return None
 
+    def given(self, call: Call) -> Any:
+        """What the hook returns."""
+        return self.hook(call)
+
+    def swapped(self, path: Path) -> str:
+        """The name of the norm that the hook puts in place of a BatchNorm; "" of none."""
+        return ""
+
     def around(self, path, layer, kind, adapter, function) -> Callable[..., Any]:
         """The function, the `__call__` of a layer, with the hook around it."""
         if adapter is not None:
             self.met.add(path)
-
-        def call(*args, **kwargs):
-            return self.hook(Call(path, layer, args, kwargs, function, kind, adapter))
-
-        return call
+        within = function.call.swapped if isinstance(function, _Around) else ""
+        if within and within not in SWAPPED_BATCH_NORMS and not self.replaces:
+            if not (self.others and isinstance(layer, self.others)):
+                return function
+            adapter = None
+        swapped = self.swapped(path) or within
+        return _Around(self.given, Call(path, layer, (), {}, function, kind, adapter, swapped))
 
     def check(self, path: Path, layer: Any, called: bool) -> None:
         """Reports a stranger, after a method of it has returned."""
@@ -291,6 +309,17 @@ class Hooking:
             passed_by = path not in self.met and _owns_stats(layer)
         if passed_by:
             self.stranger(path, cls)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Around:
+    """A hook around the `__call__` of a layer; the call is without its arguments."""
+
+    hook: Hook
+    call: Call
+
+    def __call__(self, *args, **kwargs):
+        return self.hook(self.call._replace(args=args, kwargs=kwargs))
 
 
 def callable_by(cls: type) -> bool:

@@ -27,8 +27,16 @@ from flax import nnx
 from bn_jax.surgery import compare, kernels
 from bn_jax.surgery.calls import BatchNorms, Call, Path, attributes, left_alone, spelled
 from bn_jax.surgery.flow import Flow, trace
-from bn_jax.surgery.freeze import Pattern, matching
-from bn_jax.surgery.intercept import Model, Run, Variables, evaluation, intercept, known
+from bn_jax.surgery.freeze import Pattern, matching, norm_paths
+from bn_jax.surgery.intercept import (
+    Model,
+    Run,
+    Variables,
+    evaluation,
+    intercept,
+    known,
+    swapped,
+)
 from bn_jax.surgery.tree import Leaves, layer_leaves, replace_leaves
 
 # Of `tolerance`, what a model that computes in float64 throughout may differ by.
@@ -119,6 +127,9 @@ def fold(
     wanted = tuple(pair for pair in found.values() if isinstance(pair, Pair))
     pairs, refused = _without_fault((), wanted, wrong)
     refused |= {path: why for path, why in found.items() if isinstance(why, str)}
+    for path, norm in swapped(model, variables, norm_paths(variables, model)).items():
+        if path not in found:
+            refused[path] = f"it is no BatchNorm any more: {norm} is in its place"
     for path, c in plain.flow.strangers.items():
         refused[path] = f"its class is not known: {c.__module__}.{c.__name__}; see batch_norms"
     return Folded(*plain.without(pairs), list(pairs), refused, differences(pairs)[-1])

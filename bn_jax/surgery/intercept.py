@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -66,7 +66,7 @@ def intercept(
 
     Of a model that is intercepted already the new hook is the inner one: it is given what
     the model makes of its layers, a frozen one called with its running statistics, one that
-    is folded away not at all.
+    is folded away not at all. (What `swap` puts in place of a layer is within all hooks.)
 
     Args:
       model, variables: see `bn_jax.surgery`.
@@ -84,16 +84,41 @@ def intercept(
       TypeError: a model that is neither Linen's nor a GraphDef.
     """
     check_model(model)
-    hooking = Hooking(hook, norms, others, stranger)
+    return hook_in(model, variables, Hooking(hook, norms, others, stranger), outermost)
+
+
+def hook_in(
+    model: Model, variables: Variables, hooking: Hooking, outermost: bool = False
+) -> Model:
+    """`intercept` with a Hooking that is there already."""
     if isinstance(model, Intercepted):
-        hooks = (hooking, *model.hooks) if outermost else (*model.hooks, hooking)
-        return Intercepted(model.model, hooks)
+        return Intercepted(model.model, _with(model.hooks, hooking, outermost))
     if isinstance(model, nn.Module):
         return Intercepted(model, (hooking,))
     module = nnx.merge(model, variables, copy=True)
     for path, layer in nnx.iter_modules(module):
         _intercept_nnx(layer, path, hooking, outermost)
     return nnx.graphdef(module)
+
+
+def _with(hooks, new, outermost):
+    """The hooks with a new one; those that replace layers are within the others."""
+    at = 0 if outermost else sum(not h.replaces for h in hooks)
+    return (*hooks[:at], new, *hooks[at:])
+
+
+def swapped(model: Model, variables: Variables, paths: Iterable[Path]) -> dict[Path, str]:
+    """The names of what `swap` has put in place of these layers, by their paths."""
+    layers = {}
+    if isinstance(model, nnx.GraphDef):
+        layers = dict(nnx.iter_modules(nnx.merge(model, variables, copy=True)))
+    every = model.hooks if isinstance(model, Intercepted) else ()
+    found = {}
+    for path in paths:
+        own = (met.hooking for met in getattr(layers.get(path), "surgery_hooks", ()))
+        names = [name for hooking in (*every, *own) if (name := hooking.swapped(path))]
+        found |= {path: names[0]} if names else {}
+    return found
 
 
 def apply(model: Model, variables: Variables, *inputs: Any, **call: Any) -> Any:
@@ -153,6 +178,11 @@ class _Met(NamedTuple):
     adapter: Adapter | None
     hooking: Hooking
 
+    @property
+    def replaces(self) -> bool:
+        """See `Hooking`."""
+        return self.hooking.replaces
+
 
 def _intercept_nnx(layer, path, hooking, outermost):
     hooking.check(path, layer, called=False)
@@ -162,7 +192,7 @@ def _intercept_nnx(layer, path, hooking, outermost):
         return
     object.__setattr__(layer, "__class__", _hooked(type(layer), cls, kind[0]))
     before, new = getattr(layer, "surgery_hooks", ()), _Met(path, kind[0], kind[1], hooking)
-    layer.surgery_hooks = (new, *before) if outermost else (*before, new)
+    layer.surgery_hooks = _with(before, new, outermost)
 
 
 @functools.cache

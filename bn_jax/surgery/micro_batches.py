@@ -62,7 +62,8 @@ class Forward(NamedTuple):
         moving: list[Path] = []
 
         def hook(call):
-            if call.path not in self.places or isinstance(call.layer, GHOSTS):
+            ghost = isinstance(call.layer, GHOSTS) or call.swapped == "ghost"
+            if ghost or call.path not in self.places:
                 return call.proceed()
             before = _mean(call)
             with on_one_device(call.layer, self.axes):
