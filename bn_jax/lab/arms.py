@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import sys
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,15 +15,15 @@ import optax
 from flax import linen as nn
 
 from bn_jax.errors import UserError
-from bn_jax.lab import data, models, sizes
+from bn_jax.lab import data, models, own, sizes
 from bn_jax.lab.config import NARROW, Config, Data, Grid, Network, Optimization
 from bn_jax.lab.data import Dataset
 from bn_jax.lab.fields import MOST, Flags, listed
 from bn_jax.lab.models import Norm
+from bn_jax.lab.own import Given
 from bn_jax.lab.sweeps import Point
 from bn_jax.lab.sweeps.layouts import PARALLEL, layout
-from bn_jax.lab.training.metrics import cross_entropy
-from bn_jax.lab.training.optimizers import RULES, optimizer
+from bn_jax.lab.training.optimizers import optimizer
 from bn_jax.lab.training.run import Run, Swept
 from bn_jax.lab.training.schedules import SCHEDULES, schedule
 from bn_jax.linen import BatchNorm, GhostBatchNorm
@@ -38,13 +38,14 @@ class Arm(NamedTuple):
     """What one arm of a comparison is.
 
     Attributes:
-      norm: layer class, a partial of one, or None.
+      norm: layer class, a partial of one, or None; in a model of the user's own the name of a
+        norm that takes the place of its BatchNorms.
       changes: flags that it has otherwise than the comparison, by name.
       model: constructor arguments of the network beyond those that are flags.
       shuffle: whether every epoch has a new order, or all have that of the first.
     """
 
-    norm: Norm | None
+    norm: Norm | str | None
     changes: Mapping[str, Any] = {}
     model: Mapping[str, Any] = {}
     shuffle: bool = True
@@ -60,8 +61,10 @@ class Arm(NamedTuple):
         return "momentum" in getattr(layer, "__dataclass_fields__", ())
 
 
-def norm_arms() -> dict[str, Arm]:
-    """The norms of `bn_jax.lab.models`."""
+def norm_arms(own_model: bool = False) -> dict[str, Arm]:
+    """The norms of `bn_jax.lab.models`, or those of a model of the user's own."""
+    if own_model:
+        return {name: Arm(name) for name in own.OWN_NORMS}
     return {name: Arm(norm) for name, norm in models.NORMS.items()}
 
 
@@ -73,18 +76,18 @@ def chosen_arms(names: Sequence[str], known: Mapping[str, Arm]) -> dict[str, Arm
     return {name: known[name] for name in names}
 
 
-def load_data(config: Data) -> Dataset:
+def load_data(config: Data, given: Given = own.NOTHING) -> Dataset:
     """The dataset, checked against the batch size."""
     dataset = data.load(
-        config.dataset,
+        own.data_of(config, given),
         validation_fraction=config.validation_fraction,
         train_examples=config.train_examples,
         scaling=config.scaling,
         data_dir=config.data_dir,
         cache_dir=config.cache_dir,
-        say=lambda text: print(text, file=sys.stderr),
+        say=own.say,
     )
-    examples = dataset.train.labels.size
+    examples = len(dataset.train.labels)
     if config.batch_size > examples:
         raise UserError(
             f"--batch_size={config.batch_size} is more than the {examples} training examples "
@@ -98,45 +101,61 @@ def in_steps(config: C, dataset: Dataset) -> C:
     """The flags with `epochs`, where given, as `steps` and `eval_every`."""
     if config.epochs is None:
         return config
-    steps = dataset.train.labels.size // config.batch_size
+    steps = len(dataset.train.labels) // config.batch_size
     if config.epochs * steps > MOST:
         raise UserError(f"--epochs={config.epochs}: of {steps} steps each, at most {MOST} fit")
     return dataclasses.replace(config, steps=config.epochs * steps, eval_every=steps)
 
 
-def build_run(config: Config, arm: Arm, dataset: Dataset) -> Run:
-    """Returns what trains one arm.
+def build_run(config: Config, arm: Arm, dataset: Dataset, given: Given = own.NOTHING) -> Run:
+    """Returns what trains one arm; `given` has objects in place of flags.
 
     Raises:
       UserError: a flag has no such value, or the network cannot be built or does not fit.
     """
     scaled = _scaled(config, arm, dataset)
     config = arm.config(config)
-    _check_names(config)
-    norm, family = grouped(config, arm), _family(config, arm)
-
-    def model(swept, axis_name=None):
-        own = norm
-        if norm is not None and arm.has_momentum:
-            own = functools.partial(norm, momentum=swept.momentum, axis_name=axis_name)
-        return family(
-            num_outputs=1 if dataset.num_classes == 2 else dataset.num_classes, norm=own
-        )
+    has_own = own.has_own_model(config, given)
+    _check_names(config, has_own)
+    if has_own:
+        adapted = own.network(config, str(arm.norm), dataset, given)
+        model: Callable[..., Any] = lambda swept, axis_name=None: adapted  # noqa: E731
+    else:
+        model = _model(config, arm, dataset)
 
     def batches(key, first_step, num_steps):
         indices = data.batch_indices if arm.shuffle else data.same_batch_indices
-        examples = dataset.train.labels.size
+        examples = len(dataset.train.labels)
         return indices(key, first_step, num_steps, examples, config.batch_size)
 
-    loss = functools.partial(cross_entropy, label_smoothing=config.label_smoothing)
     augment = data.augmentation(config.augment)
-    rule = rule_of(config, config.steps)
-    run = Run(model, rule, scaled, batches, loss, augment)
+    rule = rule_of(config, config.steps, given)
+    run = Run(
+        model, rule, scaled, batches, *own.objective(config, dataset, given), augment=augment
+    )
     _check_network(config, arm, run, dataset)
     return run
 
 
-def rule_of(config: Optimization, steps: int) -> Callable[..., optax.GradientTransformation]:
+def _model(config: Config, arm: Arm, dataset: Dataset) -> Callable[..., nn.Module]:
+    """From the swept numbers to one of the laboratory's networks."""
+    norm, family = grouped(config, arm), _family(config, arm)
+    classes, labels = dataset.num_classes, dataset.train.labels
+    # Two classes are one logit; without classes there are numbers to predict.
+    outputs = (1 if classes == 2 else classes) or math.prod(labels.shape[1:])
+
+    def model(swept, axis_name=None):
+        layer = norm
+        if norm is not None and arm.has_momentum:
+            layer = functools.partial(norm, momentum=swept.momentum, axis_name=axis_name)
+        return family(num_outputs=outputs, norm=layer)
+
+    return model
+
+
+def rule_of(
+    config: Optimization, steps: int, given: Given = own.NOTHING
+) -> Callable[..., optax.GradientTransformation]:
     """From a learning rate to the optimizer of a run of so many steps."""
     varies = config.schedule != "constant" or config.warmup_steps
     rates = schedule(
@@ -144,9 +163,14 @@ def rule_of(config: Optimization, steps: int) -> Callable[..., optax.GradientTra
         decay_steps=config.decay_steps, decay_rate=config.decay_rate,
     )  # fmt: skip
     return functools.partial(
-        optimizer, config.optimizer, schedule=rates if varies else None, l2=config.l2,
-        weight_decay=config.weight_decay, decay_norms=config.decay_norms, clip=config.clip,
-    )  # fmt: skip
+        optimizer,
+        own.optimizer_of(config, given),
+        schedule=rates if varies else None,
+        l2=config.l2,
+        weight_decay=config.weight_decay,
+        decay_norms=config.decay_norms,
+        clip=config.clip,
+    )
 
 
 def _check_network(config: Config, arm: Arm, run: Run, dataset: Dataset) -> None:
@@ -173,6 +197,7 @@ def _check_network(config: Config, arm: Arm, run: Run, dataset: Dataset) -> None
 
 def grouped(config: Config, arm: Arm) -> Norm | None:
     """The arm's norm, with statistics of groups where flags say so and it is a BatchNorm."""
+    assert not isinstance(arm.norm, str)
     size = config.bn_group_size
     if size is None or getattr(arm.norm, "func", arm.norm) is not BatchNorm:
         return arm.norm
@@ -189,20 +214,19 @@ def grouped(config: Config, arm: Arm) -> Norm | None:
 
 def _scaled(config, arm, dataset):
     """From stored inputs to those of the arm, whose scaling may be another."""
-    own = arm.config(config)
-    if own.scaling == config.scaling:
+    changed = arm.config(config)
+    if changed.scaling == config.scaling:
         return dataset.scaled
-    if "binary" in (own.scaling, config.scaling):
-        raise UserError(f"--scaling={config.scaling}: {own.scaling} arms want other pixels")
-    other = load_data(own)
+    if "binary" in (changed.scaling, config.scaling):
+        raise UserError(f"--scaling={config.scaling}: {changed.scaling} arms want other pixels")
+    other = load_data(changed)
     return dataset._replace(offset=other.offset, factor=other.factor).scaled
 
 
-def _check_names(config):
+def _check_names(config: Config, has_own_model: bool) -> None:
     for name, values, known in (
-        ("model", [config.model], models.FAMILIES),
+        ("model", [] if has_own_model else [config.model], models.FAMILIES),
         ("activation", [_activation(config)], models.ACTIVATIONS),
-        ("optimizer", [config.optimizer], RULES),
         ("schedule", [config.schedule], SCHEDULES),
         ("places", config.places or (), models.OWN_PLACES.get(config.model, models.PLACES)),
         ("augment", config.augment, data.AUGMENTATIONS),
@@ -223,15 +247,15 @@ def _family(config: Network, arm: Arm) -> Callable[..., nn.Module]:
     for name, value in given.items():
         if value is not None and name not in taken:
             raise UserError(f"--{name}: --model={config.model} has none to choose")
-    own = {k: v for k, v in given.items() if v is not None}
+    said = {k: v for k, v in given.items() if v is not None}
     more = NARROW.get(config.model, {}) | dict(arm.model)
-    return functools.partial(family, activation=_activation(config), **own, **more)
+    return functools.partial(family, activation=_activation(config), **said, **more)
 
 
 def _activation(config: Network) -> str:
     # Sigmoids: the network of Ioffe & Szegedy 2015, section 4.1.
-    own = {"lstm": "tanh"} | dict.fromkeys(("inception", "resnet18", "resnet50"), "relu")
-    return config.activation or own.get(config.model, "sigmoid")
+    usual = {"lstm": "tanh"} | dict.fromkeys(("inception", "resnet18", "resnet50"), "relu")
+    return config.activation or usual.get(config.model, "sigmoid")
 
 
 def _features(config: Network) -> int | tuple[int, ...] | None:

@@ -31,8 +31,9 @@ class Source(Flags):
 
     dataset: str = flag(
         "digits",
-        "circles, digits, or an image classification set of tensorflow-datasets by its name, "
-        "such as mnist, fashion_mnist, cifar10",
+        "circles, digits, an image classification set of tensorflow-datasets such as mnist, "
+        "fashion_mnist, cifar10; a file.npz with x_train, y_train, x_test, y_test; or "
+        "package.module:name or file.py:name of such arrays or of a function that returns them",
     )
     train_examples: int | None = flag(
         None,
@@ -74,7 +75,10 @@ class Network(Flags):
     """What is trained, but for its norm."""
 
     model: str = flag(
-        "mlp", "mlp, cnn, cifar_a, cifar_b, airbench, lstm, inception, resnet18 or resnet50"
+        "mlp",
+        "mlp, cnn, cifar_a, cifar_b, airbench, lstm, inception, resnet18 or resnet50; or "
+        "package.module:name or file.py:name of a Linen or NNX model, its class, or a function "
+        "of the number of outputs",
     )
     features: tuple[int, ...] | None = flag(
         None,
@@ -112,7 +116,12 @@ class Network(Flags):
 class Optimization(Flags):
     """The loss, and how it becomes less."""
 
-    optimizer: str = flag("sgd", "sgd, sgd_momentum, sgd_nesterov, rmsprop or adam")
+    optimizer: str = flag(
+        "sgd",
+        "sgd, sgd_momentum, sgd_nesterov, rmsprop, adam; an alias of optax with its options, "
+        "as adamw(weight_decay=0.05); or package.module:name of a function of the rate",
+    )
+
     schedule: str = flag(
         "constant",
         "of the learning rate: constant, step, exponential, inverse, cosine or one_cycle",
@@ -141,12 +150,31 @@ class Optimization(Flags):
 
 
 @dataclasses.dataclass(frozen=True)
+class Objective(Flags):
+    """What is minimised, and what is reported."""
+
+    loss: str | None = flag(
+        None,
+        "of an example: cross_entropy (classes), squared_error (numbers), or "
+        "package.module:name of a function (outputs, labels) -> [n]; by default as the labels "
+        "are",
+    )
+    metric: str | None = flag(
+        None,
+        "better if higher: accuracy (classes), r2 (numbers: 1 - squared error / variance), or "
+        "package.module:name of a function (outputs, labels) -> [n]; by default as the labels "
+        "are",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Norms(Flags):
     """The norms that are compared."""
 
     arms: tuple[str, ...] = flag(
         ("none", "bn"),
-        "norms to compare, of none, bn, layer, group; the first is the baseline",
+        "norms to compare; the first is the baseline. Of none, bn, layer, group; in a model of "
+        "one's own also flax (as it was), instance, rms, ghost, renorm, dyt",
         each_once=True,
     )
     bn_group_size: int | None = flag(
@@ -269,7 +297,9 @@ class Output(Flags):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Workdir, Output, Devices, Length, Grid, Optimization, Norms, Network, Data):
+class Config(
+    Workdir, Output, Devices, Length, Grid, Optimization, Objective, Norms, Network, Data
+):
     """Every flag of a comparison; see `python -m experiments.compare --help`.
 
     An experiment that rests on it is a subclass with other defaults, with `QUICK`, what

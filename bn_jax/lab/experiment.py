@@ -105,7 +105,9 @@ def run_experiment(
     load: Callable[[C], Dataset] = load_data,
     build: Callable[[C, Arm, Dataset], Run] = build_run,
 ) -> dict[str, Any]:
-    """Trains the arms and fills the workdir; what `summary.json` holds comes back.
+    """Trains the arms and fills the workdir.
+
+    What `summary.json` holds comes back, and `folder`, where it is.
 
     Args:
       config: of the experiment.
@@ -130,7 +132,7 @@ def run_experiment(
     sizes.check_records(config, budgets)
     with workdir.entered(config, experiment) as (folder, shared):
         if (finished := workdir.finished(shared)) is not None:
-            return finished
+            return finished | {"folder": str(folder)}
         settings = workdir.write_config(folder, config, experiment, **started, command=command)
         if config.summary:
             print_layers(runs, dataset)
@@ -148,7 +150,7 @@ def run_experiment(
         page = write(records, summary, settings, folder, found.figures)
         print_summary(summary)
         print(page)
-        return summary
+        return summary | {"folder": str(folder)}
 
 
 def start_jax(config: Processes, cache_dir: str | None) -> dict[str, Any]:

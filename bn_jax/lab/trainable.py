@@ -91,6 +91,10 @@ class Trainable:
             return {}
         return {name: training == train for name, training in self.modes.items()}
 
+    def module(self) -> Adapted:
+        """The model as one of the laboratory's own networks is called."""
+        return Adapted(self)
+
     def _bound(self, function):
         """The function of two arguments, with those of the axes that nobody has bound."""
         return binding([name for name in self.axes if not _is_bound(name)], function)
@@ -183,6 +187,43 @@ class OfNnx(Trainable):
                 values[path] = jnp.zeros(v.shape, v.dtype)
         stored = nnx.to_flat_state(self.state)
         return nnx.from_flat_state((p, v.replace(values[p])) for p, v in stored)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A `Trainable` that is called as the networks of `bn_jax.lab.models` are.
+
+    All variables but the parameters are its `batch_stats`.
+    """
+
+    trainable: Trainable
+
+    def init(self, key: jax.Array, inputs: jax.Array, *, train: bool) -> dict[str, Any]:
+        """The variables at the start; inputs `[n, ...]`."""
+        params, rest = _parted(self.trainable.init(key, inputs))
+        return {"params": params, "batch_stats": rest} if rest else {"params": params}
+
+    def apply(
+        self,
+        variables: Mapping[str, Any],
+        inputs: jax.Array,
+        *,
+        train: bool,
+        mutable: Any = False,
+        rngs: Mapping[str, jax.Array] | None = None,
+    ) -> Any:
+        """What the model returns; and where something is mutable, `batch_stats` after it."""
+        own = {"params": variables["params"], **variables.get("batch_stats", {})}
+        key = (rngs or {}).get("dropout")
+        outputs, after = self.trainable.apply(own, inputs, train=train, key=key)
+        if not mutable:
+            return outputs
+        rest = _parted(after)[1]
+        return outputs, {"batch_stats": rest} if rest else {}
+
+
+def _parted(variables):
+    return variables["params"], {k: v for k, v in variables.items() if k != "params"}
 
 
 def _swapped(make, norm, options, rngs):

@@ -32,6 +32,17 @@ def correct(outputs: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.argmax(outputs, -1) == labels
 
 
+def squared_error(outputs: jax.Array, labels: jax.Array) -> jax.Array:
+    """Squared error of each example, summed over the numbers to predict, `[n]`.
+
+    Args:
+      outputs: `[n]` or `[n, k]`, or `[n, 1]` for labels `[n]`.
+      labels: `[n]` or `[n, k]`.
+    """
+    flat = labels.reshape(len(labels), -1)
+    return jnp.square(outputs.reshape(flat.shape) - flat).sum(-1)
+
+
 def in_top(outputs: jax.Array, labels: jax.Array, k: int) -> jax.Array:
     """Whether the label is among the k most probable classes, bool `[n]`.
 

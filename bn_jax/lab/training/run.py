@@ -21,9 +21,16 @@ from jax import lax
 
 from bn_jax.lab.data.dataset import Dataset
 from bn_jax.lab.statistics.records import Budget
-from bn_jax.lab.training.metrics import cross_entropy
+from bn_jax.lab.training.metrics import correct, cross_entropy
 from bn_jax.lab.training.state import TrainState
-from bn_jax.lab.training.step import Loss, Metrics, evaluate_chunk, init_state, unguarded_step
+from bn_jax.lab.training.step import (
+    Loss,
+    Metric,
+    Metrics,
+    evaluate_chunk,
+    init_state,
+    unguarded_step,
+)
 
 # What the keys derived from a run's key are for.
 INIT, DATA, NOISE = range(3)
@@ -73,6 +80,8 @@ class Run:
       batches: (key, first step, number of steps) to the examples of each of those steps,
         int32 `[steps, batch]`.
       loss: (outputs, labels) to the loss of every example in training.
+      tested: the same in evaluation: without label smoothing.
+      metric: (outputs, labels) to what is better if higher, of every example.
       augment: (key, inputs of the network) to others, in training; or None.
     """
 
@@ -81,6 +90,8 @@ class Run:
     scaled: Callable[[jax.Array], jax.Array]
     batches: Callable[[jax.Array, jax.Array, int], jax.Array]
     loss: Loss = cross_entropy
+    tested: Loss = cross_entropy
+    metric: Metric = correct
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
 
     def init(self, key: jax.Array, swept: Swept, inputs: jax.Array) -> RunState:
@@ -121,7 +132,8 @@ class Run:
             inputs = self.augment(noise, inputs)
         train, means, _ = unguarded_step(
             state.train, inputs, labels, self.model(swept, **shared),
-            self.optimizer(swept.learning_rate), loss=self.loss, key=dropout,
+            self.optimizer(swept.learning_rate), loss=self.loss, metric=self.metric,
+            key=dropout,
             counted=counted if filled else None, **shared,
         )  # fmt: skip
         first = ~jnp.isfinite(means.loss) & (state.diverged_at < 0)
@@ -140,7 +152,10 @@ class Run:
         axis_name: str | None = None,
     ) -> Metrics:
         """Sums over the examples `rows` (int32 `[n]`) of a split; those past its end are 0."""
-        sums = evaluate_chunk(state.train, self.model(swept), *self._examples(split, rows))
+        examples = self._examples(split, rows)
+        sums = evaluate_chunk(
+            state.train, self.model(swept), *examples, loss=self.tested, metric=self.metric
+        )
         return sums if axis_name is None else lax.psum(sums, axis_name)
 
     def _examples(self, split, rows):

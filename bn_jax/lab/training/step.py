@@ -19,14 +19,15 @@ from bn_jax.lab.training.state import TrainState
 
 
 class Metrics(NamedTuple):
-    """Cross-entropy in nats and right answers, sums or means over examples, float32 `[]`."""
+    """Loss and accuracy (or another metric), sums or means over examples, float32 `[]`."""
 
     loss: jax.Array
     accuracy: jax.Array
 
 
-# (outputs, labels) to the loss of every example, `[n]`.
-Loss = Callable[[jax.Array, jax.Array], jax.Array]
+# (outputs, labels) to the loss of every example, `[n]`; and to what is better if higher.
+Loss = Callable[[Any, jax.Array], jax.Array]
+Metric = Callable[[Any, jax.Array], jax.Array]
 
 
 def init_state(
@@ -92,6 +93,7 @@ def unguarded_step(
     optimizer: optax.GradientTransformation,
     *,
     loss: Loss = cross_entropy,
+    metric: Metric = correct,
     key: jax.Array | None = None,
     counted: jax.Array | None = None,
     axis_name: str | None = None,
@@ -109,7 +111,7 @@ def unguarded_step(
             rngs=None if key is None else {"dropout": key},
             **given,
         )
-        values = Metrics(loss(outputs, labels), correct(outputs, labels))
+        values = Metrics(loss(outputs, labels), metric(outputs, labels))
         if counted is not None:
             masked = functools.partial(jnp.where, counted)
             values = jax.tree.map(lambda v: masked(v, 0), values)
@@ -140,6 +142,8 @@ def evaluate_chunk(
     inputs: jax.Array,
     labels: jax.Array,
     counted: jax.Array,
+    loss: Loss = cross_entropy,
+    metric: Metric = correct,
 ) -> Metrics:
     """Loss and accuracy with running statistics, summed over the examples that count.
 
@@ -148,12 +152,12 @@ def evaluate_chunk(
       model: applied with `train=False`.
       inputs, labels: `[n, ...]` as the model takes them, `[n]`.
       counted: bool `[n]`; False for examples that only fill up the chunk.
+      loss, metric: of every example, from outputs and labels.
     """
     variables = _variables(state.params, state.batch_stats)
     outputs: Any = model.apply(variables, inputs, train=False)
-    loss = jnp.where(counted, cross_entropy(outputs, labels), 0)
-    hits = counted & correct(outputs, labels)
-    return Metrics(loss.sum(), hits.sum().astype(jnp.float32))
+    values = loss(outputs, labels), metric(outputs, labels)
+    return Metrics(*(jnp.where(counted, v, 0).sum().astype(jnp.float32) for v in values))
 
 
 def _variables(params, batch_stats):
