@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import linen as nn
 
 from bn_jax.errors import UserError
@@ -136,7 +135,7 @@ def build_run(config: Config, arm: Arm, dataset: Dataset) -> Run:
     return run
 
 
-def rule_of(config: Optimization, steps: int) -> Callable[..., optax.GradientTransformation]:
+def rule_of(config: Optimization, steps: int) -> Callable[..., Any]:
     """From a learning rate to the optimizer of a run of so many steps."""
     varies = config.schedule != "constant" or config.warmup_steps
     rates = schedule(
