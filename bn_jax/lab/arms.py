@@ -17,7 +17,7 @@ from bn_jax.errors import UserError
 from bn_jax.lab import data, models, sizes
 from bn_jax.lab.config import NARROW, Config, Data, Grid, Network, Optimization
 from bn_jax.lab.data import Dataset
-from bn_jax.lab.fields import MOST, Flags, listed
+from bn_jax.lab.fields import MOST, Flags, check_known, listed
 from bn_jax.lab.models import Norm
 from bn_jax.lab.sweeps import Point
 from bn_jax.lab.sweeps.layouts import PARALLEL, layout
@@ -66,9 +66,7 @@ def norm_arms() -> dict[str, Arm]:
 
 def chosen_arms(names: Sequence[str], known: Mapping[str, Arm]) -> dict[str, Arm]:
     """Those of the flag, in its order."""
-    for name in names:
-        if name not in known:
-            raise UserError(f"--arms: unknown {name!r}, choose from {', '.join(known)}")
+    check_known("arms", names, known)
     return {name: known[name] for name in names}
 
 
@@ -207,9 +205,7 @@ def _check_names(config):
         ("augment", config.augment, data.AUGMENTATIONS),
         ("parallel", [config.parallel], PARALLEL),
     ):
-        for value in values:
-            if value not in known:
-                raise UserError(f"--{name}: unknown {value!r}, choose from {', '.join(known)}")
+        check_known(name, values, known)
 
 
 def _family(config: Network, arm: Arm) -> Callable[..., nn.Module]:
