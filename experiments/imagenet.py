@@ -18,14 +18,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bn_jax.errors import UserError
 from bn_jax.lab import flags
 from bn_jax.lab.config import Norms, Optimization, Output, Processes, Source, Workdir
-from bn_jax.lab.fields import fixed, flag
+from bn_jax.lab.fields import check_known, fixed, flag
 
 if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
     import jax
@@ -130,12 +129,6 @@ class Config(Workdir, Output, Processes, Optimization, Norms, Source):
     )
     checkpoint_every: float = flag(600.0, "seconds between checkpoints; 0: after every step")
 
-    def check_known(self, known: Mapping[str, Iterable[str]]) -> None:
-        """Raises a UserError for a flag whose value is not among those that are known."""
-        for name, values in known.items():
-            if (value := getattr(self, name)) not in values:
-                raise UserError(f"--{name}: unknown {value!r}, choose from {', '.join(values)}")
-
     @property
     def highest_rate(self) -> float:
         """For this batch (Goyal et al. 2017, section 2.1)."""
@@ -181,7 +174,8 @@ def open_sets(config: Config) -> tuple[Config, int, Records, Records]:
     Raises:
       UserError: of the data; a flag is unknown, or does not fit the data.
     """
-    config.check_known({"optimizer": RULES, "schedule": ("goyal", *SCHEDULES)})
+    check_known("optimizer", [config.optimizer], RULES)
+    check_known("schedule", [config.schedule], ("goyal", *SCHEDULES))
 
     def opened(split, most):
         records = open_split(config.dataset, config.data_dir, split)

@@ -11,14 +11,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import linen as nn
 
 from bn_jax.errors import UserError
 from bn_jax.lab import data, models, own, sizes
 from bn_jax.lab.config import NARROW, Config, Data, Grid, Network, Optimization
 from bn_jax.lab.data import Dataset
-from bn_jax.lab.fields import MOST, Flags, listed
+from bn_jax.lab.fields import MOST, Flags, check_known, listed
 from bn_jax.lab.models import Norm
 from bn_jax.lab.own import Given
 from bn_jax.lab.sweeps import Point
@@ -70,9 +69,7 @@ def norm_arms(own_model: bool = False) -> dict[str, Arm]:
 
 def chosen_arms(names: Sequence[str], known: Mapping[str, Arm]) -> dict[str, Arm]:
     """Those of the flag, in its order."""
-    for name in names:
-        if name not in known:
-            raise UserError(f"--arms: unknown {name!r}, choose from {', '.join(known)}")
+    check_known("arms", names, known)
     return {name: known[name] for name in names}
 
 
@@ -153,9 +150,7 @@ def _model(config: Config, arm: Arm, dataset: Dataset) -> Callable[..., nn.Modul
     return model
 
 
-def rule_of(
-    config: Optimization, steps: int, given: Given = own.NOTHING
-) -> Callable[..., optax.GradientTransformation]:
+def rule_of(config: Optimization, steps: int, given: Given = own.NOTHING) -> Callable[..., Any]:
     """From a learning rate to the optimizer of a run of so many steps."""
     varies = config.schedule != "constant" or config.warmup_steps
     rates = schedule(
@@ -232,9 +227,7 @@ def _check_names(config: Config, has_own_model: bool) -> None:
         ("augment", config.augment, data.AUGMENTATIONS),
         ("parallel", [config.parallel], PARALLEL),
     ):
-        for value in values:
-            if value not in known:
-                raise UserError(f"--{name}: unknown {value!r}, choose from {', '.join(known)}")
+        check_known(name, values, known)
 
 
 def _family(config: Network, arm: Arm) -> Callable[..., nn.Module]:

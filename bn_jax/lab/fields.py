@@ -165,6 +165,13 @@ def _check_item(name: str, item: Any, allowed: Mapping[str, Any]) -> None:
             raise UserError(f"{shown}: it must be {span}")
 
 
+def check_known(name: str, values: Iterable[str], known: Iterable[str]) -> None:
+    """Raises a UserError for a value of the flag that is not among those that are known."""
+    for value in values:
+        if value not in known:
+            raise UserError(f"--{name}: unknown {value!r}, choose from {', '.join(known)}")
+
+
 def listed(values: Any) -> str:
     """As one writes them on the command line."""
     return ",".join(map(str, values))
