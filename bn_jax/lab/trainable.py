@@ -20,6 +20,7 @@ from flax import nnx, traverse_util
 
 from bn_jax.surgery import swap
 from bn_jax.surgery.observe import binding
+from bn_jax.surgery.tree import value
 
 KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
 Make = Callable[[nnx.Rngs], nnx.Module]
@@ -164,12 +165,12 @@ class OfNnx(Trainable):
         return dataclasses.replace(self, make=made, **of_graph(made))
 
     def _plain(self, state):
-        """Nested dicts of arrays, without the streams, which come from a key."""
+        """Nested dicts of arrays, but for what is sown and the streams, which come from a key."""
         found: dict[str, dict[Any, Any]] = {}
         for path, v in nnx.to_flat_state(state):
-            if not isinstance(v, nnx.RngState):
+            if not isinstance(v, nnx.RngState | nnx.Intermediate):
                 kind = next((k for k, of in KINDS.items() if isinstance(v, of)), "others")
-                found.setdefault(kind, {})[path] = v.get_value()
+                found.setdefault(kind, {})[path] = value(v)
         return {kind: traverse_util.unflatten_dict(v) for kind, v in found.items()}
 
     def _state(self, variables, key):
@@ -182,7 +183,10 @@ class OfNnx(Trainable):
             elif isinstance(v, nnx.RngState):
                 values[path] = jnp.zeros(v.shape, v.dtype)
         stored = nnx.to_flat_state(self.state)
-        return nnx.from_flat_state((p, v.replace(values[p])) for p, v in stored)
+        return nnx.from_flat_state(
+            (p, v.replace(values[p]) if isinstance(v, nnx.Variable) else values[p])
+            for p, v in stored
+        )
 
 
 def _swapped(make, norm, options, rngs):
