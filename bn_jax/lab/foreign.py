@@ -121,7 +121,7 @@ def _of_linen(model, make, same_start, inputs, given) -> Trainable:
     return trainable
 
 
-def _with_fields(model, fields, train):
+def _with_fields(model: Any, fields: dict[str, bool], train: bool) -> Any:
     if isinstance(model, Intercepted):
         return Intercepted(_with_fields(model.model, fields, train), model.hooks)
     return model.clone(**{name: training == train for name, training in fields.items()})

@@ -165,7 +165,7 @@ class OfNnx(Trainable):
         return dataclasses.replace(self, make=made, **of_graph(made))
 
     def _plain(self, state):
-        """Nested dicts of arrays, but for what is sown and the streams, which come from a key."""
+        """Nested dicts of arrays, without what is sown, and streams, which come from a key."""
         found: dict[str, dict[Any, Any]] = {}
         for path, v in nnx.to_flat_state(state):
             if not isinstance(v, nnx.RngState | nnx.Intermediate):
