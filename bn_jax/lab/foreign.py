@@ -31,7 +31,7 @@ _WANTED = "say a class of models, a model, or a function of the number of output
 
 
 def found(source: Any, name: str, num_outputs: int, inputs: jax.Array) -> Trainable:
-    """What trains a model.
+    """Finds out how a model is made and called.
 
     A class or a function is called with the number of outputs, and that of inputs, by the
     names in `OUTPUTS` and `INPUTS` that it takes, and with `rngs` if it takes that. A function

@@ -61,7 +61,7 @@ class Trainable:
         return "; ".join(parts)
 
     def init(self, key: jax.Array, inputs: jax.Array) -> dict[str, Any]:
-        """The variables at the start; inputs `[n, ...]`."""
+        """Returns the variables at the start; inputs `[n, ...]`."""
         raise NotImplementedError
 
     def apply(
@@ -72,7 +72,7 @@ class Trainable:
         train: bool,
         key: jax.Array | None = None,
     ) -> tuple[Any, dict[str, Any]]:
-        """What the model returns, and its variables after the call.
+        """Returns what the model does, and its variables after the call.
 
         Args:
           variables: as `init` returns them.
@@ -83,7 +83,7 @@ class Trainable:
         raise NotImplementedError
 
     def swapped(self, norm: Any, **options: Any) -> Trainable:
-        """The model with another norm in place of its BatchNorms: `bn_jax.surgery.swap`."""
+        """Returns the model with another norm in place of its BatchNorms: `bn_jax.surgery.swap`."""
         raise NotImplementedError
 
     def told(self, train: bool) -> dict[str, bool]:
