@@ -83,7 +83,7 @@ class Trainable:
         raise NotImplementedError
 
     def swapped(self, norm: Any, **options: Any) -> Trainable:
-        """Returns the model with another norm in place of its BatchNorms: `bn_jax.surgery.swap`."""
+        """Returns the model with another norm in its BatchNorms' place, by `surgery.swap`."""
         raise NotImplementedError
 
     def told(self, train: bool) -> dict[str, bool]:
