@@ -21,7 +21,7 @@ from bn_jax.errors import UserError
 from bn_jax.lab.trainable import OfLinen, OfNnx, Trainable, of_graph
 from bn_jax.surgery.calls import left_alone
 from bn_jax.surgery.diagnose.modes import MODES
-from bn_jax.surgery.intercept import Linen
+from bn_jax.surgery.intercept import Intercepted, Linen
 from bn_jax.surgery.observe import used
 
 # What constructors call the number of outputs, and that of inputs.
@@ -31,7 +31,7 @@ _WANTED = "say a class of models, a model, or a function of the number of output
 
 
 def found(source: Any, name: str, num_outputs: int, inputs: jax.Array) -> Trainable:
-    """What trains a model.
+    """Finds out how a model is made and called.
 
     A class or a function is called with the number of outputs, and that of inputs, by the
     names in `OUTPUTS` and `INPUTS` that it takes, and with `rngs` if it takes that. A function
@@ -55,7 +55,8 @@ def found(source: Any, name: str, num_outputs: int, inputs: jax.Array) -> Traina
     model = made[0]
     if not isinstance(model, Linen | nnx.Module):
         raise UserError(f"{name} makes a {type(model).__name__}, which is no model: {_WANTED}")
-    first, *others = _parameters(type(getattr(model, "model", model)).__call__)
+    plain = model.model if isinstance(model, Intercepted) else model
+    first, *others = list(inspect.signature(plain.__call__).parameters.values())
     modes = {p.name: MODES[p.name] for p in others if p.name in MODES}
     for p in others:
         if p.name not in modes and _is_required(p):
@@ -103,14 +104,11 @@ def _signed(source):
 
 
 def _of_linen(model, make, same_start, inputs, given) -> Trainable:
-    fields = {n: v for n, v in MODES.items() if n in getattr(model, "__dataclass_fields__", {})}
-    models = (model, model)
+    fields = {n: v for n, v in MODES.items() if hasattr(model, n)}
+    models: tuple[Any, Any] = model, model
     if fields and not given["modes"]:
         given |= {"how": "field", "modes": fields}
-        models = tuple(
-            model.clone(**{n: training == train for n, training in fields.items()})
-            for train in (False, True)
-        )
+        models = _with_fields(model, fields, False), _with_fields(model, fields, True)
     trainable = OfLinen(**given, models=models)
     variables = jax.eval_shape(trainable.init, jax.random.key(0), inputs)
     if not trainable.how and "batch_stats" in variables:
@@ -121,6 +119,12 @@ def _of_linen(model, make, same_start, inputs, given) -> Trainable:
         trainable = dataclasses.replace(trainable, streams=(*trainable.streams, wanted))
     _check_mode(trainable, has_stats=False)
     return trainable
+
+
+def _with_fields(model: Any, fields: dict[str, bool], train: bool) -> Any:
+    if isinstance(model, Intercepted):
+        return Intercepted(_with_fields(model.model, fields, train), model.hooks)
+    return model.clone(**{name: training == train for name, training in fields.items()})
 
 
 def _missing_stream(trainable, variables, inputs):
@@ -173,10 +177,6 @@ def _check_mode(trainable, has_stats):
         f"{trainable.name} has {why} and cannot be told whether it trains: give its __call__ "
         f"an argument named one of {', '.join(MODES)}"
     )
-
-
-def _parameters(function):
-    return list(inspect.signature(function).parameters.values())[1:]
 
 
 def _is_required(p):

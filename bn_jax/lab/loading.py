@@ -21,7 +21,7 @@ def is_named(text: str) -> bool:
 
 
 def load_object(text: str, flag: str) -> Any:
-    """The object that a flag's text names; `name` may have dots.
+    """Returns the object that a flag's text names; `name` may have dots.
 
     The file's folder, or the folder that one is in, is where its own imports are found.
 

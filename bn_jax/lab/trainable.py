@@ -20,6 +20,7 @@ from flax import nnx, traverse_util
 
 from bn_jax.surgery import swap
 from bn_jax.surgery.observe import binding
+from bn_jax.surgery.tree import value
 
 KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
 Make = Callable[[nnx.Rngs], nnx.Module]
@@ -60,7 +61,7 @@ class Trainable:
         return "; ".join(parts)
 
     def init(self, key: jax.Array, inputs: jax.Array) -> dict[str, Any]:
-        """The variables at the start; inputs `[n, ...]`."""
+        """Returns the variables at the start; inputs `[n, ...]`."""
         raise NotImplementedError
 
     def apply(
@@ -71,7 +72,7 @@ class Trainable:
         train: bool,
         key: jax.Array | None = None,
     ) -> tuple[Any, dict[str, Any]]:
-        """What the model returns, and its variables after the call.
+        """Returns what the model does, and its variables after the call.
 
         Args:
           variables: as `init` returns them.
@@ -82,7 +83,7 @@ class Trainable:
         raise NotImplementedError
 
     def swapped(self, norm: Any, **options: Any) -> Trainable:
-        """The model with another norm in place of its BatchNorms: `bn_jax.surgery.swap`."""
+        """Returns the model with another norm in its BatchNorms' place, by `surgery.swap`."""
         raise NotImplementedError
 
     def told(self, train: bool) -> dict[str, bool]:
@@ -168,12 +169,12 @@ class OfNnx(Trainable):
         return dataclasses.replace(self, make=made, **of_graph(made))
 
     def _plain(self, state):
-        """Nested dicts of arrays, without the streams, which come from a key."""
+        """Nested dicts of arrays, without what is sown, and streams, which come from a key."""
         found: dict[str, dict[Any, Any]] = {}
         for path, v in nnx.to_flat_state(state):
-            if not isinstance(v, nnx.RngState):
+            if not isinstance(v, nnx.RngState | nnx.Intermediate):
                 kind = next((k for k, of in KINDS.items() if isinstance(v, of)), "others")
-                found.setdefault(kind, {})[path] = v.get_value()
+                found.setdefault(kind, {})[path] = value(v)
         return {kind: traverse_util.unflatten_dict(v) for kind, v in found.items()}
 
     def _state(self, variables, key):
@@ -186,7 +187,10 @@ class OfNnx(Trainable):
             elif isinstance(v, nnx.RngState):
                 values[path] = jnp.zeros(v.shape, v.dtype)
         stored = nnx.to_flat_state(self.state)
-        return nnx.from_flat_state((p, v.replace(values[p])) for p, v in stored)
+        return nnx.from_flat_state(
+            (p, v.replace(values[p]) if isinstance(v, nnx.Variable) else values[p])
+            for p, v in stored
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,7 @@ def swap(
     batch_norms: BatchNorms | None = None,
     **options: Any,
 ) -> Any:
-    """The model, with another norm in place of its BatchNorms.
+    """Returns the model with another norm in place of its BatchNorms.
 
         swapped = swap(model, "group", num_groups=8)         # Linen: init and apply as before
         graphdef, state = nnx.split(swap(module, "layer"))   # NNX: a changed copy

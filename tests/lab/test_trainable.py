@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import bn_jax.linen
 from bn_jax.errors import UserError
 from bn_jax.lab.foreign import found
+from bn_jax.lab.models import MLP
+from bn_jax.surgery import swap
 
 X = jnp.asarray(np.random.default_rng(0).normal(1, 2, (8, 5)), jnp.float32)
 KEY = jax.random.key(7)
@@ -79,13 +82,11 @@ def over_axis(module):
 
 LINEN = {
     "train": net("train"),
-    "is_training": net("is_training"),
     "deterministic": net("deterministic", inverse=True),
-    "use_running_average": net("use_running_average", inverse=True),
     "field": ByField,
     "instance": net("train")(num_outputs=3),
     "function": lambda n: net("train")(num_outputs=n),
-    "function of nothing": lambda: ByField(),
+    "function of nothing": lambda: net("is_training")(),
     "axis": net("train", axis_name="batch"),
 }
 NNX = {
@@ -179,6 +180,54 @@ def test_swapped(source):
     np.testing.assert_allclose(whole[:1], alone, atol=1e-6)
     alphas = [v for p, v in _flat(variables["params"]) if p[-1] == "alpha"]
     assert np.array_equal(alphas, [np.float32(0.3)])
+
+
+def test_networks_of_the_laboratory_start_as_they_do():
+    mlp = MLP((8,), 3, norm=bn_jax.linen.BatchNorm)
+    model = found(mlp, "mlp", 3, X)
+    jax.tree.map(
+        np.testing.assert_array_equal, model.init(KEY, X), mlp.init(KEY, X, train=False)
+    )
+
+
+def test_swapped_before_it_is_found():
+    """A model that is a field, or has hooks, is what its call says."""
+
+    class Wrapper(nn.Module):
+        model: nn.Module
+        train: bool = False
+
+        @nn.compact
+        def __call__(self, x):
+            return self.model(x, self.train)
+
+    wrapped = Wrapper(Body(3))
+    model = found(swap(wrapped, "layer"), "mine:Net", 3, X)
+    assert (model.how, model.modes) == ("field", {"train": True})
+    variables = model.init(KEY, X)
+    want = swap(wrapped.clone(train=True), "layer")
+    y, _ = model.apply(variables, X, train=True, key=KEY)
+    rngs = {"dropout": jax.random.fold_in(KEY, 0)}
+    np.testing.assert_array_equal(y, want.apply(variables, X, rngs=rngs))
+
+
+def test_sown_values_and_bare_arrays_of_nnx():
+    class Sowing(nnx.Module):
+        def __init__(self, dout, rngs):
+            self.linear = nnx.Linear(5, dout, rngs=rngs)
+            self.offset = nnx.data(jnp.arange(3.0))
+
+        def __call__(self, x):
+            x = self.linear(x) + self.offset[None]
+            self.seen = nnx.Intermediate(x)
+            return x
+
+    model = found(Sowing, "mine:Sowing", 3, X)
+    variables = model.init(KEY, X)
+    y, after = model.apply(variables, X, train=True)
+    jax.tree.map(np.testing.assert_array_equal, after, variables)
+    linear = variables["params"]["linear"]
+    np.testing.assert_allclose(y, X @ linear["kernel"] + np.arange(3.0)[None], atol=1e-5)
 
 
 def test_tokens_and_several_outputs():
