@@ -25,8 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.memory import one_heap
-from benchmarks.where import describe_machine
+from benchmarks.machine import describe_machine, one_heap
 from bn_jax.errors import UserError
 from bn_jax.lab import flags
 from bn_jax.lab.fields import flag
@@ -38,38 +37,29 @@ from bn_jax.lab.training.metrics import cross_entropy
 from bn_jax.linen import BatchNorm
 from bn_jax.surgery.accumulate import accumulate, accumulate_exactly
 
-CLASSES, BIG = 10, "big batch"
+CLASSES, BIG = 10, ("big batch", 1)
 # A ReLU's derivative is another one where rounding changes the sign of its argument.
 FIELDS = {"norm": BatchNorm, "activation": "gelu"}
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "mlp": lambda: MLP((512,) * 6, CLASSES, **FIELDS),
-    "cnn": lambda: CNN((32, 64, 64), CLASSES, **FIELDS),
+MODELS: dict[str, nn.Module] = {
+    "mlp": MLP((512,) * 6, CLASSES, **FIELDS),
+    "cnn": CNN((32, 64, 64), CLASSES, **FIELDS),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every flag of the benchmark; see `python -m benchmarks.accumulate --help`."""
+    """See `python -m benchmarks.accumulate --help`."""
 
     models: tuple[str, ...] = flag(tuple(MODELS), f"of {', '.join(MODELS)}")
     batch: int = flag(256, "examples in a step")
     size: int = flag(32, "height and width of the images")
     micro_batches: tuple[int, ...] = flag((4, 16), "to a step; they divide the batch")
     rounds: int = flag(5, "how often everything is timed")
-    page_faults: bool = flag(
-        False, "leave the allocator as it is, which maps large arrays anew at every call"
-    )
 
     def __post_init__(self):
         for name in self.models:
             if name not in MODELS:
                 raise UserError(f"--models: {name!r} is none of {', '.join(MODELS)}")
-        for count in self.micro_batches:
-            if count < 1 or self.batch % count or self.batch == count:
-                raise UserError(
-                    f"--micro_batches: {count} does not split a batch of {self.batch} into "
-                    "parts of two examples at least"
-                )
 
 
 class Contestant(NamedTuple):
@@ -80,52 +70,47 @@ class Contestant(NamedTuple):
     temporary: int
 
 
-def run(config: Config) -> list[dict[str, Any]]:
-    """Prints a table for each model; its rows come back."""
-    if not config.page_faults:
-        one_heap()
+def run(config: Config) -> dict[str, list[float]]:
+    """Prints a table for each model; the differences of its rows come back."""
+    one_heap()
     print(describe_machine() + "\n")
-    rows = []
-    for name in config.models:
-        new = measure(name, config)
-        print(lines(new))
-        rows += new
-    return rows
+    return {name: measure(name, config) for name in config.models}
 
 
-def measure(name: str, config: Config) -> list[dict[str, Any]]:
-    """A row for the big batch and for each form and number of micro-batches."""
+def measure(name: str, config: Config) -> list[float]:
+    """Prints a row for the big batch and for each form and number of micro-batches."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(config.batch, config.size, config.size, 3)), jnp.float32)
     batch = x, jnp.asarray(rng.integers(0, CLASSES, config.batch))
-    model = MODELS[name]()
-    variables = model.init(jax.random.key(0), x[:1], train=False)
-    entered = {(BIG, 1): prepare(on_one_batch, model, variables, batch)}
+    variables = MODELS[name].init(jax.random.key(0), x[:1], train=False)
+    prepared = functools.partial(prepare, MODELS[name], variables)
+    entered = {BIG: prepared(on_one_batch, batch)}
     for count in config.micro_batches:
         parts = jax.tree.map(lambda v, n=count: v.reshape(n, -1, *v.shape[1:]), batch)
         for form in (accumulate, accumulate_exactly):
             step = functools.partial(form, train=True)
-            entered[form.__name__, count] = prepare(step, model, variables, parts)
+            entered[form.__name__, count] = prepared(step, parts)
     seconds = interleave({key: c.call for key, c in entered.items()}, config.rounds)
-    wanted = entered[BIG, 1].call()[1]
-    return [
-        {
-            "model": name,
-            "form": form,
-            "micro_batches": count,
-            "seconds": statistics.median(seconds[form, count]),
-            "to_big": median_ratio(seconds, (form, count), (BIG, 1)),
-            "compiling": contestant.compiling,
-            "temporary": contestant.temporary,
-            "difference": difference(contestant.call()[1], wanted),
-        }
-        for (form, count), contestant in entered.items()
-    ]
+    wanted, rows, differences = entered[BIG].call()[1], [], []
+    for key, c in entered.items():
+        differences.append(difference(c.call()[1], wanted))
+        rows.append([
+            key[0], str(key[1]), padded(1e3 * statistics.median(seconds[key])),
+            f"{median_ratio(seconds, key, BIG):.2f}", padded(c.temporary / 1e6),
+            f"{c.temporary / entered[BIG].temporary:.2f}", padded(c.compiling),
+            number(differences[-1]),
+        ])  # fmt: skip
+    print(table([name, "parts", "ms", "/big", "MB", "/big", "compile (s)", "difference"], rows))
+    return differences
 
 
-def prepare(step: Callable[..., Any], model: nn.Module, variables: Any, batch: Any):
+def prepare(model: nn.Module, variables: Any, step: Callable[..., Any], batch: Any):
     """The step, compiled for the batch."""
-    program = jax.jit(lambda variables, batch: step(model, variables, mean_loss, batch))
+
+    def loss(outputs, labels):
+        return cross_entropy(outputs, labels).mean()
+
+    program = jax.jit(lambda variables, batch: step(model, variables, loss, batch))
     start = time.perf_counter()
     compiled = program.lower(variables, batch).compile()
     return Contestant(
@@ -149,37 +134,11 @@ def on_one_batch(model: nn.Module, variables: Any, loss: Callable[..., Any], bat
     return value, gradients, variables
 
 
-def mean_loss(outputs: jax.Array, labels: jax.Array) -> jax.Array:
-    """In nats, `[]`."""
-    return cross_entropy(outputs, labels).mean()
-
-
 def difference(got: Any, wanted: Any) -> float:
     """The largest between two trees, over the largest of the second."""
     apart = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), got, wanted)
     largest = jax.tree.map(lambda b: jnp.max(jnp.abs(b)), wanted)
     return float(max(jax.tree.leaves(apart)) / max(jax.tree.leaves(largest)))
-
-
-def lines(rows: list[dict[str, Any]]) -> str:
-    """The table of one model."""
-    model, big = rows[0]["model"], rows[0]["temporary"]
-    cells = [
-        [
-            row["form"],
-            str(row["micro_batches"]),
-            padded(1e3 * row["seconds"]),
-            f"{row['to_big']:.2f}",
-            padded(row["temporary"] / 1e6),
-            f"{row['temporary'] / big:.2f}",
-            padded(row["compiling"]),
-            number(row["difference"]),
-        ]
-        for row in rows
-    ]
-    return table(
-        [model, "parts", "ms", "/big", "MB", "/big", "compile (s)", "difference"], cells
-    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import dataclasses
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from bn_jax.errors import UserError
@@ -69,44 +68,28 @@ def run(config: Config) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     found = sections(out.read_text() if out.exists() else "")
     for name in config.only or [n for n in PROGRAMS if n not in ELSEWHERE]:
-        start = time.perf_counter()
-        found[name] = section(name, printed(name))
-        write_atomically(out, page(found))
-        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+        print(name, flush=True)
+        found[name] = section(name)
+        chosen = [f"## {name}\n{found[name].rstrip()}\n" for name in PROGRAMS if name in found]
+        write_atomically(out, "\n".join([INTRODUCTION, *chosen]))
 
 
-def page(found: dict[str, str]) -> str:
-    """The whole page of these sections, in the order of `PROGRAMS`."""
-    chosen = [f"## {name}\n{found[name]}" for name in PROGRAMS if name in found]
-    return "\n".join([INTRODUCTION, *(part.rstrip() + "\n" for part in chosen)])
-
-
-def command(name: str) -> list[str]:
-    """As one types it, but for the Python."""
-    return ["-m", f"benchmarks.{name}", *PROGRAMS[name]]
-
-
-def printed(name: str) -> str:
-    """What the program prints; what it says to stderr is shown.
+def section(name: str) -> str:
+    """A program's docstring, its command, and what this prints.
 
     Raises:
       UserError: it ended with an error.
     """
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    command = ["-m", f"benchmarks.{name}", *PROGRAMS[name]]
     done = subprocess.run(
-        [sys.executable, *command(name)], env=environment, stdout=subprocess.PIPE, text=True
+        [sys.executable, *command], env=environment, stdout=subprocess.PIPE, text=True
     )
     if done.returncode:
         raise UserError(f"benchmarks.{name} ended with exit status {done.returncode}")
-    return done.stdout
-
-
-def section(name: str, output: str) -> str:
-    """Below its heading."""
-    source = Path(__file__).with_name(f"{name}.py").read_text()
-    about = ast.get_docstring(ast.parse(source))
-    line = " ".join(["python", *command(name)])
-    return f"{about}\n\n```\n{line}\n```\n{output.strip()}\n"
+    about = ast.get_docstring(ast.parse(Path(__file__).with_name(f"{name}.py").read_text()))
+    line = " ".join(["python", *command])
+    return f"{about}\n\n```\n{line}\n```\n{done.stdout.strip()}\n"
 
 
 if __name__ == "__main__":

@@ -14,23 +14,18 @@ share of what one large matrix product reaches here.
 from __future__ import annotations
 
 import dataclasses
-import statistics
-from typing import Any
 
-from benchmarks.matrices import share
+from benchmarks.machine import describe_machine, share
 from benchmarks.network import describe
-from benchmarks.peers.process import SIDES, check_sides, programs, sides
-from benchmarks.peers.task import Task
-from benchmarks.where import describe_machine
+from benchmarks.peers import Task
+from benchmarks.peers.process import OURS, SIDES, Times, sides
 from bn_jax.lab import flags
 from bn_jax.lab.fields import flag
 from bn_jax.lab.models import CifarA
 from bn_jax.lab.report.markdown import table
 from bn_jax.lab.report.text import padded, whole
-from bn_jax.lab.sweeps.timing import interleave, median_ratio
 from bn_jax.linen import BatchNorm
 
-OURS, IMAGES = "bn_jax", 50_000
 # What bn_jax's images/s are to be, in terms of a peer's.
 AIMS = {"plain Flax": 1.5, "torch": 1.1, "Keras on JAX": 2.0}
 
@@ -43,15 +38,11 @@ class Config:
     features: tuple[int, ...] = flag((32, 64, 128, 512, 128), "of the network")
     image: int = flag(32, "height and width")
     batch: int = flag(256, "images in a step")
-    images: int = flag(1280, f"of an epoch; CIFAR-10 has {IMAGES:,}")
+    images: int = flag(1280, "of an epoch; CIFAR-10 has 50,000")
     rounds: int = flag(7, "how often each is timed")
-    matrix: int = flag(2048, "rows and columns of the matrices")
-
-    def __post_init__(self):
-        check_sides(self.sides)
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config) -> dict[str, Times]:
     """Prints two tables and the share; seconds of every round come back, by program."""
     print(describe_machine("flax", "torch", "keras") + "\n")
     shape = (config.image, config.image, 3)
@@ -59,27 +50,23 @@ def run(config: Config) -> dict[str, Any]:
     processes = sides(config.sides, task)
     found = {}
     for name, images in (("step", task.batch), ("epoch", task.batch * task.steps)):
-        found[name] = interleave(programs(processes, name), config.rounds)
-        print(beside(name, images, found[name]))
+        found[name] = times = Times.of(processes, name, config.rounds)
+        rows = []
+        for side, median in times.medians().items():
+            aim = f" (aim {AIMS[side]:g})" if side in AIMS else ""
+            ratio = f"{times.ratio(side, OURS):.2f}{aim}"
+            rows.append([side, padded(median), whole(images / median), ratio])
+        print(
+            table(
+                [f"{name} of {images:,} images", "seconds", "images/s", "bn_jax over it"], rows
+            )
+        )
     for process in processes.values():
         process.close()
-    if OURS in found["step"]:
+    if OURS in processes:
         flop = task.batch * describe(CifarA(task.features, norm=BatchNorm), shape).flop
-        print(share(flop, {OURS: statistics.median(found["step"][OURS])}, config.matrix))
+        print(share(flop, {OURS: found["step"].medians()[OURS]}))
     return found
-
-
-def beside(name: str, images: int, seconds: dict[str, list[float]]) -> str:
-    """A row for each side: its time, and how many times its images/s ours are."""
-    rows = []
-    for side, times in seconds.items():
-        median = statistics.median(times)
-        ratio = median_ratio(seconds, side, OURS) if OURS in seconds else float("nan")
-        aim = f"{ratio:.2f} (aim {AIMS[side]:g})" if side in AIMS else f"{ratio:.2f}"
-        rows.append([side, padded(median), whole(images / median), aim])
-    return table(
-        [f"{name} of {images:,} images", "seconds", "images/s", "bn_jax over it"], rows
-    )
 
 
 if __name__ == "__main__":

@@ -55,13 +55,13 @@ class Contestant(NamedTuple):
 
 
 def prepare(task: Task, x: jax.Array, dy: jax.Array) -> dict[str, Contestant]:
-    """By name: the copy, the layers of JAX, compiled, and torch's where
-    `has_torch()`, which knows no masks."""
+    """By name: the copy, the layers of JAX, compiled, and torch's on a CPU, without masks."""
     one = jnp.ones((), x.dtype)  # traced: XLA would know what to do with a constant 0
     contestants = {"copy": Contestant(functools.partial(jax.jit(jnp.add), x, one))}
     for name, apply in layers(task, x.dtype).items():
         contestants[name] = compiled(task, apply, *initial(x.shape[-1]), x, dy)
-    if has_torch() and not task.masked:
+    on_cpu = jax.default_backend() == "cpu"
+    if on_cpu and not task.masked and importlib.util.find_spec("torch"):
         contestants["torch"] = Contestant(torch_layer(task, x, dy))
     return contestants
 
@@ -76,27 +76,24 @@ def layers(task: Task, dtype: Any) -> dict[str, Apply]:
     """(params, stats, x) -> (y, new stats) of each layer of JAX, by name."""
     fields = {"use_running_average": False, "momentum": MOMENTUM, "dtype": dtype}
     relu = nn.relu if task.relu else None
+
+    def applied(module, activation=None):
+        def apply(params, stats, x):
+            variables = {"params": params, "batch_stats": stats}
+            mask = {}
+            if task.masked:  # every fourth place is left out
+                places = jnp.arange(math.prod(x.shape[:-1])) % 4 < 3
+                mask = {"mask": places.reshape(*x.shape[:-1], 1)}
+            y, new = module.apply(variables, x, **mask, mutable=["batch_stats"])
+            return activation(y) if activation else y, new["batch_stats"]
+
+        return apply
+
     return {
-        "bn_jax": _applied(BatchNorm(**fields, activation=relu), task),
-        "flax fast": _applied(nn.BatchNorm(**fields), task, relu),
-        "flax stable": _applied(nn.BatchNorm(**fields, use_fast_variance=False), task, relu),
+        "bn_jax": applied(BatchNorm(**fields, activation=relu)),
+        "flax fast": applied(nn.BatchNorm(**fields), relu),
+        "flax stable": applied(nn.BatchNorm(**fields, use_fast_variance=False), relu),
     }
-
-
-def _applied(module, task, activation=None):
-    def apply(params, stats, x):
-        variables = {"params": params, "batch_stats": stats}
-        mask = {"mask": three_of_four(x.shape)} if task.masked else {}
-        y, new = module.apply(variables, x, **mask, mutable=["batch_stats"])
-        return activation(y) if activation else y, new["batch_stats"]
-
-    return apply
-
-
-def three_of_four(shape: tuple[int, ...]) -> jax.Array:
-    """A mask `[..., 1]` that leaves out every fourth place."""
-    places = math.prod(shape[:-1])
-    return (jnp.arange(places) % 4 < 3).reshape(*shape[:-1], 1)
 
 
 def compiled(task: Task, apply: Apply, params, stats, x, dy) -> Contestant:
@@ -125,60 +122,37 @@ def kept_bytes(apply: Apply, params, stats, x) -> int:
         return jax.tree.leaves(_vjp(apply, params, stats, x)[1])
 
     jaxpr = jax.make_jaxpr(residuals)(params, stats, x).jaxpr
-    computed = {v for e in jaxpr.eqns if any(map(_is_var, e.invars)) for v in e.outvars}
-    kept = computed.intersection(filter(_is_var, jaxpr.outvars))
+    outputs = {v for v in jaxpr.outvars if isinstance(v, Var)}
+    kept = {
+        v
+        for equation in jaxpr.eqns
+        if any(isinstance(operand, Var) for operand in equation.invars)
+        for v in outputs.intersection(equation.outvars)
+    }
     return sum(v.aval.size * v.aval.dtype.itemsize for v in kept)
-
-
-def _is_var(v):
-    return isinstance(v, Var)
 
 
 def _vjp(apply, params, stats, x):
     return jax.vjp(lambda params, x: apply(params, stats, x), params, x, has_aux=True)
 
 
-def has_torch() -> bool:
-    """Whether torch is there, and JAX on the CPU as well."""
-    return jax.default_backend() == "cpu" and importlib.util.find_spec("torch") is not None
-
-
-def has_cuda_torch() -> bool:
-    """Whether torch is there with CUDA, and JAX on a GPU as well."""
-    if jax.default_backend() != "gpu" or importlib.util.find_spec("torch") is None:
-        return False
-    return import_torch().cuda.is_available()
-
-
-def import_torch():
-    """torch, whose threads go to sleep when it is done.
-
-    They would spin for some 5 ms: the next contestant, short of cores, takes up to 1.7
-    times as long.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    import torch
-
-    return torch
-
-
-def torch_layer(
-    task: Task, x: jax.Array, dy: jax.Array, device: str = "cpu"
-) -> Callable[[], Any]:
-    """Its call gives y, or (y, (dscale, dbias, dx)); on another device it does not wait.
+def torch_layer(task: Task, x: jax.Array, dy: jax.Array) -> Callable[[], Any]:
+    """Its call gives y, or (y, (dscale, dbias, dx)).
 
     The arrays lie in memory as JAX's do, features last: torch's `channels_last`.
     """
-    torch = import_torch()
+    # Threads that spin for 5 ms when torch is done would slow down the next contestant.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    import torch
 
     def tensor(v):
         v32 = torch.from_numpy(np.array(v, np.float32))
-        return v32.to(device, getattr(torch, v.dtype.name)).movedim(-1, 1)
+        return v32.to(getattr(torch, v.dtype.name)).movedim(-1, 1)
 
     features = x.shape[-1]
     x, dy = tensor(x), tensor(dy)
-    mean, bias = (torch.zeros(features, device=device) for _ in range(2))
-    var, scale = (torch.ones(features, device=device) for _ in range(2))
+    mean, bias = torch.zeros(features), torch.zeros(features)
+    var, scale = torch.ones(features), torch.ones(features)
     for v in (scale, bias, x):
         v.requires_grad_(task.backward)
 

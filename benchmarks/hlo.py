@@ -35,7 +35,10 @@ def moved(text: str) -> list[int]:
         if kind in NOTHING or kind.endswith(("-done", "-update")):
             continue
         if kind in ("copy-start", "slice-start"):
-            source, copy = copied(operation)
+            # What is copied and the copy, which a slice's result has in this order.
+            source, copy = (match[0] for match in list(ARRAY.finditer(result))[:2])
+            if kind == "copy-start":
+                source, copy = copy, source
             bytes_of.append((size(copy, NOWHERE) if size(source) else 0) + size(copy))
             continue
         inner = re.search(r"calls=%?([\w.-]+)", operation.rest)
@@ -45,12 +48,6 @@ def moved(text: str) -> list[int]:
         read = sum(min(size(types[v]), sliced(inside, i)) for i, v in enumerate(operands))
         bytes_of.append(read + size(result))
     return bytes_of
-
-
-def copied(operation: Operation) -> tuple[str, str]:
-    """Types of what is copied and of the copy, which a result has the other way round."""
-    first, second = (match[0] for match in list(ARRAY.finditer(operation.result))[:2])
-    return (second, first) if operation.kind == "copy-start" else (first, second)
 
 
 def sliced(inside: list[Operation], number: int) -> float:

@@ -16,18 +16,14 @@ reverse mode keeps of the forward pass beside its arguments.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import jax
 
-from benchmarks import contestants
-from benchmarks.contestants import BOTH, BOTH_WITH_RELU, TASKS
-from benchmarks.memory import one_heap
-from benchmarks.where import describe_machine
+from benchmarks.contestants import BOTH, BOTH_WITH_RELU, TASKS, prepare
+from benchmarks.machine import describe_machine, one_heap
 from bn_jax.errors import UserError
 from bn_jax.lab import flags
 from bn_jax.lab.fields import flag
@@ -37,7 +33,6 @@ from bn_jax.lab.sweeps.timing import interleave, median_ratio
 
 OURS, BASELINE = "bn_jax", "flax fast"
 DTYPES = ("float32", "bfloat16", "float16")
-QUICK = 5  # rounds
 KEPT = "large blocks are kept for the next call (mallopt): no page faults are timed"
 # The shares of Flax's time to stay below at the largest shape; elsewhere it is 1.
 TARGETS = {BOTH.name: 0.6, BOTH_WITH_RELU.name: 0.4}
@@ -45,147 +40,113 @@ TARGETS = {BOTH.name: 0.6, BOTH_WITH_RELU.name: 0.4}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every flag of the benchmark; see `python -m benchmarks.layer --help`."""
+    """See `python -m benchmarks.layer --help`."""
 
     shapes: tuple[str, ...] = flag(
         ("256x32x32x32", "256x8x8x128", "4096x512"), "of the arrays, features last"
     )
     dtypes: tuple[str, ...] = flag(("float32", "bfloat16"), f"of {', '.join(DTYPES)}")
     rounds: int = flag(100, "how often everything is timed")
-    quick: bool = flag(False, f"{QUICK} rounds")
-    page_faults: bool = flag(
-        False, "leave the allocator as it is, which maps large arrays anew at every call"
-    )
-    workdir: str | None = flag(None, "folder for layer.json; by default there is none")
 
     def __post_init__(self):
-        for shape in self.shapes:
-            sizes = shape.split("x")
-            if len(sizes) < 2 or not all(n.isdecimal() and int(n) for n in sizes):
-                raise UserError(f"--shapes: {shape!r} is no shape such as 256x8x8x128")
         for dtype in self.dtypes:
             if dtype not in DTYPES:
                 raise UserError(f"--dtypes: {dtype!r} is none of {', '.join(DTYPES)}")
-        if not self.shapes or not self.dtypes or self.rounds < 1:
-            raise UserError("name a shape and a dtype at least, and --rounds of at least 1")
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Prints a table for each array and the verdict; what `layer.json` holds comes back.
+class Row(NamedTuple):
+    """A contestant at a task: medians, and bytes where they are known."""
 
-    Its `rows` have `shape`, `dtype`, `array_bytes`, `task`, `contestant`, the medians
-    `seconds`, `to_flax` and `to_floor`, and `allocated` and `kept` in bytes, or None.
-    """
-    keeps = not config.page_faults and one_heap()
-    memory = KEPT if keeps else "as the allocator has it: page faults may be timed"
-    settings = {"machine": describe_machine("flax", "torch"), "memory": memory}
-    for name, value in settings.items():
-        print(f"- {name}: {value}")
-    rows = []
-    for shape in config.shapes:
-        for dtype in config.dtypes:
-            new = measure(shape, dtype, QUICK if config.quick else config.rounds)
-            print("\n**{shape} {dtype}, {array_bytes:,} bytes**\n".format(**new[0]))
-            print(table(new))
-            rows += new
-    print("\n".join(verdict(rows)))
-    result = {**settings, "flags": dataclasses.asdict(config), "rows": rows}
-    if config.workdir:
-        folder = Path(config.workdir).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "layer.json").write_text(json.dumps(result, indent=2) + "\n")
-    return result
+    array: str
+    task: str
+    name: str
+    seconds: float
+    to_flax: float
+    to_floor: float
+    allocated: int | None
+    kept: int | None
 
 
-def measure(shape: str, dtype: str, rounds: int) -> list[dict[str, Any]]:
+def run(config: Config) -> list[Row]:
+    """Prints a table for each array and the verdict; the rows come back."""
+    memory = KEPT if one_heap() else "as the allocator has it: page faults may be timed"
+    print(f"- machine: {describe_machine('flax', 'torch')}\n- memory: {memory}")
+    rows, arrays = [], [(shape, dtype) for shape in config.shapes for dtype in config.dtypes]
+    for shape, dtype in arrays:
+        keys = jax.random.split(jax.random.key(0))
+        x, dy = (jax.random.normal(key, sizes(shape)).astype(dtype) for key in keys)
+        new = measure(f"{shape} {dtype}", x, dy, config.rounds)
+        print(f"\n**{shape} {dtype}, {x.nbytes:,} bytes**\n\n{table(new, x.nbytes)}")
+        rows += new
+    print(verdict(rows, max(config.shapes, key=lambda shape: math.prod(sizes(shape)))))
+    return rows
+
+
+def measure(array: str, x: jax.Array, dy: jax.Array, rounds: int) -> list[Row]:
     """The rows of all tasks on one array."""
-    keys = jax.random.split(jax.random.key(0))
-    x, dy = (jax.random.normal(key, sizes(shape)).astype(dtype) for key in keys)
-    array = {"shape": shape, "dtype": dtype, "array_bytes": x.nbytes}
     rows = []
     for task in TASKS:
-        entered = contestants.prepare(task, x, dy)
+        entered = prepare(task, x, dy)
         seconds = interleave({name: c.call for name, c in entered.items()}, rounds)
-        rows += [
-            {
-                **array,
-                "task": task.name,
-                "contestant": name,
-                "seconds": statistics.median(seconds[name]),
-                "to_flax": median_ratio(seconds, name, BASELINE),
-                "to_floor": median_ratio(seconds, name, "copy") * 2 / task.passes,
-                "allocated": contestant.allocated,
-                "kept": contestant.kept,
-            }
-            for name, contestant in entered.items()
-        ]
+        for name, c in entered.items():
+            to_flax = median_ratio(seconds, name, BASELINE)
+            to_floor = median_ratio(seconds, name, "copy") * 2 / task.passes
+            median = statistics.median(seconds[name])
+            rows.append(
+                Row(array, task.name, name, median, to_flax, to_floor, c.allocated, c.kept)
+            )
     return rows
 
 
 def sizes(shape: str) -> tuple[int, ...]:
     """ "256x8x8x128" as numbers."""
-    return tuple(map(int, shape.split("x")))
+    found = shape.split("x")
+    if len(found) < 2 or not all(n.isdecimal() and int(n) for n in found):
+        raise UserError(f"--shapes: {shape!r} is no shape such as 256x8x8x128")
+    return tuple(map(int, found))
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """A line for each task and contestant, of one array."""
+def table(rows: list[Row], size: int) -> str:
+    """A line for each task and contestant, of an array of so many bytes."""
     lines = []
     for row in rows:
-        first = row["contestant"] == "copy"
-        in_arrays = (row[k] and row[k] / row["array_bytes"] for k in ("allocated", "kept"))
-        lines.append([
-            row["task"] if first else "",
-            row["contestant"],
-            padded(1e3 * row["seconds"]),
-            f"{row['to_flax']:.2f}",
-            "" if first else f"{row['to_floor']:.2f}",
-            *("" if v is None else f"{v:.2f}" for v in in_arrays),
-        ])  # fmt: skip
+        first = row.name == "copy"
+        ratios = f"{row.to_flax:.2f}", "" if first else f"{row.to_floor:.2f}"
+        memory = ("" if v is None else f"{v / size:.2f}" for v in (row.allocated, row.kept))
+        start = row.task if first else "", row.name, padded(1e3 * row.seconds)
+        lines.append([*start, *ratios, *memory])
     header = ["task", "", "ms", "/flax", "/floor", "allocated", "kept"]
     return markdown.table(header, lines)
 
 
-def verdict(rows: list[dict[str, Any]]) -> list[str]:
+def verdict(rows: list[Row], largest: str) -> str:
     """bn_jax's shares of others' time and memory, beside those of the floor and the targets."""
-    ours = [row for row in rows if row["contestant"] == OURS]
+    ours = [row for row in rows if row.name == OURS]
+    found = {(row.array, row.task, row.name): row for row in rows}
 
-    def at_most(unit, share, target):
-        found = [(share(row), row) for row in ours if share(row)]
-        if not found:
-            return []
-        most, row = max(found, key=lambda pair: pair[0])
-        where = "{task}, {shape} {dtype}".format(**row)
-        return [f"- at most {most:.2f} of {unit} ({where}; target {target})"]
+    def at_most(unit, share, target=1):
+        shares = [(share(row, found.get((row.array, row.task, unit))), row) for row in ours]
+        most, row = max(shares, key=lambda pair: pair[0])
+        what = f"({row.task}, {row.array}; target {target})"
+        return f"at most {most:.2f} of {{}} {what}" if most else None
 
-    lines = [
-        "bn_jax takes",
-        *at_most("Flax's time", lambda row: row["to_flax"], 1),
-        *at_most("torch's time", lambda row: beside(rows, row, "torch", "to_flax"), 1),
-        *at_most("the floor", lambda row: row["to_floor"], 2),
-        *at_most("Flax's memory", lambda row: beside(rows, row, BASELINE, "allocated"), 1),
-    ]
-    largest = max((row["shape"] for row in ours), key=lambda s: math.prod(sizes(s)))
+    of_time = at_most("torch", lambda row, other: row.to_flax / other.to_flax if other else 0)
+    of_memory = at_most(BASELINE, lambda row, other: row.allocated / other.allocated)
+    said = {
+        "Flax's time": at_most("", lambda row, _: row.to_flax),
+        "torch's time": of_time,
+        "the floor": at_most("", lambda row, _: row.to_floor, 2),
+        "Flax's memory": of_memory,
+    }
+    lines = [line.format(unit) for unit, line in said.items() if line]
     for task, target in TARGETS.items():
         shares = [
-            "{to_flax:.2f} in {dtype} (the floor {floor:.2f})".format(
-                **row, floor=row["to_flax"] / row["to_floor"]
-            )
-            for row in ours
-            if (row["shape"], row["task"]) == (largest, task)
+            f"{r.to_flax:.2f} in {r.array.split()[1]} (the floor {r.to_flax / r.to_floor:.2f})"
+            for r in ours
+            if (r.array.split()[0], r.task) == (largest, task)
         ]
-        about = f"{task}, {largest}; target {target}"
-        lines.append(f"- of Flax's time {', '.join(shares)} ({about})")
-    return lines
-
-
-def beside(rows: list[dict[str, Any]], row: dict[str, Any], name: str, what: str) -> float:
-    """A row's number over that of a contestant at the same task, 0 where there is none."""
-    same = ("shape", "dtype", "task")
-    for other in rows:
-        alike = all(other[key] == row[key] for key in same)
-        if alike and other["contestant"] == name and other[what]:
-            return row[what] / other[what]
-    return 0.0
+        lines.append(f"of Flax's time {', '.join(shares)} ({task}, {largest}; target {target})")
+    return "\n- ".join(["bn_jax takes", *lines])
 
 
 if __name__ == "__main__":

@@ -14,23 +14,19 @@ beside it can gain.
 from __future__ import annotations
 
 import dataclasses
-import statistics
 
-from benchmarks.matrices import share
+from benchmarks.machine import describe_machine, share
 from benchmarks.network import describe
-from benchmarks.peers import ours
-from benchmarks.peers.process import SIDES, Process, check_sides, programs, sides
-from benchmarks.peers.task import Task
-from benchmarks.where import describe_machine
+from benchmarks.peers import Task, ours
+from benchmarks.peers.process import OURS, SIDES, Process, Times, sides
 from bn_jax.lab import flags
 from bn_jax.lab.fields import flag
 from bn_jax.lab.models import MLP
 from bn_jax.lab.report.markdown import table
 from bn_jax.lab.report.text import padded
-from bn_jax.lab.sweeps.timing import interleave, median_ratio
 from bn_jax.linen import BatchNorm
 
-OURS, STEPS = "bn_jax", 50_000
+STEPS = 50_000
 AIM_STEP, AIM_TOGETHER = 0.4, 3  # milliseconds; times one run
 
 
@@ -44,40 +40,39 @@ class Config:
     images: int = flag(60_000, "that are trained on in a round")
     runs: int = flag(5, "that are trained at once")
     rounds: int = flag(7, "how often each is timed")
-    matrix: int = flag(2048, "rows and columns of the matrices")
-
-    def __post_init__(self):
-        check_sides(self.sides)
 
 
-def run(config: Config) -> dict[str, list[float]]:
+def run(config: Config) -> Times:
     """Prints the table and the aims; seconds of every round come back."""
     print(describe_machine("flax", "torch", "keras") + "\n")
     shape = (28, 28, 1)
-    task = Task("mlp", config.features, shape, config.images, config.batch, augment=False)
+    task = Task("mlp", config.features, shape, config.images, config.batch)
     together = f"{OURS} x {config.runs}"
-    cores = f"{together} on cores"
-    processes = sides(config.sides, task)
-    processes[together] = Process(ours.prepare, task, config.runs)
-    processes[cores] = Process(ours.prepare, task, config.runs, ours.START, "cores")
-    seconds = interleave(programs(processes, "epoch"), config.rounds)
+    processes = sides(config.sides, task) | {
+        together: Process(ours.prepare, task, config.runs),
+        f"{together} on cores": Process(ours.prepare, task, config.runs, ours.START, "cores"),
+    }
+    times = Times.of(processes, "epoch", config.rounds)
     for process in processes.values():
         process.close()
-    rows, steps = [], {}
-    for side, times in seconds.items():
-        step = statistics.median(times) / task.steps
-        ratio = median_ratio(seconds, side, OURS) if OURS in seconds else float("nan")
-        if side.startswith(OURS):
-            steps[side] = step / (1 if side == OURS else config.runs)
-        rows.append([side, padded(1e3 * step), padded(STEPS * step), f"{ratio:.2f}"])
+    steps = {side: median / task.steps for side, median in times.medians().items()}
+    rows = [
+        [side, padded(1e3 * s), padded(STEPS * s), f"{times.ratio(side, OURS):.2f}"]
+        for side, s in steps.items()
+    ]
     print(table(["", "ms a step", f"seconds for {STEPS:,}", "over bn_jax"], rows))
     print(
         f"Aims: {AIM_STEP} ms a step, {config.runs} runs at most {AIM_TOGETHER} "
         f"times {OURS} by one of the two ways.\n"
     )
     network = MLP(task.features, 10, norm=BatchNorm, activation="sigmoid")
-    print(share(task.batch * describe(network, shape).flop, steps, config.matrix))
-    return seconds
+    of_a_run = {
+        side: s / (config.runs if side.startswith(together) else 1)
+        for side, s in steps.items()
+        if side.startswith(OURS)
+    }
+    print(share(task.batch * describe(network, shape).flop, of_a_run))
+    return times
 
 
 if __name__ == "__main__":

@@ -1,22 +1,14 @@
 """What a training step sends over the network, and what that costs on 8 to 4,096 chips.
 
-A network with P parameters and L BatchNorms of C features each, whose statistics g of n chips
-share, has these all-reduces of float32 numbers in a step:
-
-    gradients        1        P                 over all n
-    BN, forward      2 each   C + 2, then C     over g
-    BN, backward     1 each   2 C               over g
-    running          with the gradients   n (2 C + 2) each   where g < n (`GhostBatchNorm`)
-
-P, C and the FLOP (XLA's count of the step's program) are read off the networks. A step takes
-examples x FLOP / (peak x utilisation), then its all-reduces one by one, as published figures of
-the machines project them (docs/scaling.md). Nothing is measured.
+docs/scaling.md has the formulas, the table and the sources of all figures. P, C and the FLOP
+(XLA's count of the step's program) are read off the networks. Nothing is measured.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -34,11 +26,9 @@ from bn_jax.linen import BatchNorm
 
 FLOAT = 4  # bytes
 MODELS = {"ResNet-50": ResNet50(norm=BatchNorm), "BN-Inception": Inception(norm=BatchNorm)}
-# Goyal et al. 2017: 32 on each of 256 GPUs. You et al. 2017: no loss of accuracy up to 32,768.
-EXAMPLES, LARGEST_BATCH = 32, 32_768
-# Flax's pull request 42, of ResNets: "ideal [...] seems to be about 128".
-SHARING = 128
-# Ying et al. 2018: ResNet-50's images a second on 1,024 TPU v3 of 123 TFLOP/s.
+# docs/scaling.md has the sources: examples on a chip and at most in all, examples that share
+# statistics, ResNet-50's images/s on TPU v3 and these chips' peak FLOP/s.
+EXAMPLES, LARGEST_BATCH, SHARING = 32, 32_768, 128
 PUBLISHED, THEIR_PEAK = 1.05e6, 1024 * 1.23e14
 
 
@@ -79,20 +69,12 @@ def describe(model: nn.Module, image: tuple[int, ...]) -> Network:
 
 
 def h100(payload: float, chips: int) -> float:
-    """Seconds of an all-reduce over DGX H100 nodes of 8: the quickest of NCCL's three ways.
-
-    450 GB/s out of a chip within its node, 400 out of a node ("How to Scale Your Model", part
-    12); steps and their latencies: NCCL's tuner, src/graph/tuning.cc at b6475625.
-    """
+    """Seconds of an all-reduce over DGX H100 nodes of 8: the quickest of NCCL's three ways."""
     nodes = math.ceil(chips / 8)
     bandwidth = 450e9 if nodes == 1 else 400e9
     far = 2 * nodes if nodes > 1 else 0
-    ring = (
-        8.4e-6
-        + (2 * (chips - 1) - far) * 3.4e-6
-        + far * 14e-6
-        + sent(payload, chips) / bandwidth
-    )
+    steps = (2 * (chips - 1) - far) * 3.4e-6 + far * 14e-6
+    ring = 8.4e-6 + steps + sent(payload, chips) / bandwidth
     up, along = 2 * math.log2(nodes), 2 * (chips // nodes - 1)
     tree = (up + along) * 28e-6 + 2 * payload / (0.92 * bandwidth)
     small = 6.8e-6 + along * 0.6e-6 + up * 5e-6 + 2 * payload / 19e9
@@ -102,8 +84,7 @@ def h100(payload: float, chips: int) -> float:
 def tpu_v4(payload: float, chips: int) -> float:
     """Seconds over a block of a TPU v4: reduce-scatter and all-gather on all axes at once.
 
-    45 GB/s each way of a link, 1 us a hop (parts 2 and 3). From 4 x 4 x 4 on the axes are
-    closed to rings: half the hops, and both links of an axis at work.
+    From 4 x 4 x 4 on the axes are rings: half the hops, and both links of an axis at work.
     """
     power = chips.bit_length() - 1
     sides = [2 ** ((power + i) // 3) for i in range(3)]
@@ -112,27 +93,13 @@ def tpu_v4(payload: float, chips: int) -> float:
     return 2 * hops * 1e-6 + sent(payload, chips) / ((1 + closed) * axes * 45e9)
 
 
-# Peaks in bfloat16 FLOP/s: the book's part 12, and Google Cloud.
+# Peaks in bfloat16 FLOP/s.
 MACHINES = {"DGX H100": (9.9e14, h100), "TPU v4": (2.75e14, tpu_v4)}
 
 
 def sent(payload: float, chips: int) -> float:
     """Bytes that each chip sends in an all-reduce by a ring; no algorithm sends less."""
     return 2 * (chips - 1) / chips * payload
-
-
-def project(network: Network, machine: str, chips: int, group: int, utilisation: float) -> list:
-    """Milliseconds of a step: computing, gradients, BatchNorms, running statistics."""
-    peak, all_reduce = MACHINES[machine]
-    gradients = all_reduce(FLOAT * network.parameters, chips)
-    running = network.running(chips) if group < chips else 0
-    seconds = (
-        examples(chips) * network.flop / (peak * utilisation),
-        gradients,
-        sum(all_reduce(payload, group) for payload in network.norms()) if group > 1 else 0.0,
-        all_reduce(FLOAT * network.parameters + running, chips) - gradients,
-    )
-    return [1e3 * s for s in seconds]
 
 
 def examples(chips: int) -> int:
@@ -145,6 +112,18 @@ def shared(chips: int) -> int:
     return min(chips, max(1, SHARING // examples(chips)))
 
 
+def project(network: Network, machine: str, chips: int, group: int, used: float) -> list[float]:
+    """Milliseconds of a step: computing, gradients, BatchNorms, running statistics."""
+    peak, all_reduce = MACHINES[machine]
+    gradients, norms = FLOAT * network.parameters, network.norms() if group > 1 else []
+    running = network.running(chips) if group < chips else 0
+    alone = all_reduce(gradients, chips)
+    computing = examples(chips) * network.flop / (peak * used)
+    shares = sum(all_reduce(payload, group) for payload in norms)
+    together = all_reduce(gradients + running, chips)
+    return [1e3 * s for s in (computing, alone, shares, together - alone)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """See `python -m benchmarks.network --help`."""
@@ -152,8 +131,8 @@ class Config:
     image: int = flag(224, "height and width")
 
 
-def run(config: Config) -> list[list[str]]:
-    """Prints what is sent, and a line of times for each case; these come back."""
+def run(config: Config) -> None:
+    """Prints what is sent, and a line of times for each case."""
     found = {name: describe(m, (config.image, config.image, 3)) for name, m in MODELS.items()}
     header = ["network", "parameters", "BN layers", "features", "GFLOP/example", "all-reduces",
               "gradients (MB)", "BN (kB)", "running (kB/chip)"]  # fmt: skip
@@ -163,21 +142,19 @@ def run(config: Config) -> list[list[str]]:
          padded(sum(n.norms()) / 1e3), padded(n.running(1) / 1e3)]
         for name, n in found.items()
     ]))  # fmt: skip
-    utilisation = PUBLISHED * found["ResNet-50"].flop / THEIR_PEAK
-    print(f"Chips reach {utilisation:.1%} of their peak. Milliseconds of a step:\n")
+    used = PUBLISHED * found["ResNet-50"].flop / THEIR_PEAK
+    print(f"Chips reach {used:.1%} of their peak. Milliseconds of a step:\n")
     lines = []
-    for name, network in found.items():
-        for machine in MACHINES:
-            for chips in (8, 256, 4096):
-                for group in sorted({1, shared(chips), chips}):
-                    parts = project(network, machine, chips, group, utilisation)
-                    marked = f"**{group}**" if group == shared(chips) else whole(group)
-                    of_plain = f"{sum(parts) / sum(parts[:2]):.2f}"
-                    lines.append([f"{name}, {machine}", whole(chips), marked,
-                                  *map(padded, (*parts, sum(parts))), of_plain])  # fmt: skip
+    for (name, network), machine in itertools.product(found.items(), MACHINES):
+        for chips in (8, 256, 4096):
+            for group in sorted({1, shared(chips), chips}):
+                parts = project(network, machine, chips, group, used)
+                marked = f"**{group}**" if group == shared(chips) else whole(group)
+                ratio = f"{sum(parts) / sum(parts[:2]):.2f}"
+                times = map(padded, (*parts, sum(parts)))
+                lines.append([f"{name}, {machine}", whole(chips), marked, *times, ratio])
     print(table(["", "chips", "that share", "compute", "gradients", "BN", "running", "step",
                  "to the first two"], lines), end="")  # fmt: skip
-    return lines
 
 
 if __name__ == "__main__":

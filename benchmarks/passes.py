@@ -43,7 +43,7 @@ from benchmarks import contestants
 from benchmarks.contestants import BOTH_WITH_RELU
 from benchmarks.hlo import moved
 from benchmarks.layer import BASELINE, DTYPES, OURS, sizes
-from benchmarks.where import describe_machine
+from benchmarks.machine import describe_machine
 from bn_jax.errors import UserError
 from bn_jax.lab import flags
 from bn_jax.lab.fields import flag
@@ -82,26 +82,20 @@ class Target(NamedTuple):
     package: str
 
     def sharding(self) -> SingleDeviceSharding:
-        """On one such device.
-
-        Raises:
-          UserError: the package is not there.
-        """
+        """On one such device; a UserError if the package is not there."""
         try:
             found = topologies.get_topology_desc(self.topology, self.platform, **self.options)
         except (NotImplementedError, RuntimeError) as e:
-            reason = str(e).splitlines()[0]
+            what = f"{self.topology} ({str(e).splitlines()[0]})"
             raise UserError(
-                f"nothing here compiles for {self.topology} ({reason}): "
-                f'pip install "{self.package}"'
+                f'nothing here compiles for {what}: pip install "{self.package}"'
             ) from e
         return SingleDeviceSharding(found.devices[0])
 
 
+_CUDA = {"target_config": H200, "topology": "1x1x1"}
 TARGETS = {
-    "h200": Target(
-        "gpu", "cuda", "h200", {"target_config": H200, "topology": "1x1x1"}, "jax[cuda12]"
-    ),
+    "h200": Target("gpu", "cuda", "h200", _CUDA, "jax[cuda12]"),
     "v5e": Target("tpu", "tpu", "v5e:2x2", {}, "jax[tpu]"),
 }
 
@@ -141,27 +135,19 @@ def run(config: Config) -> dict[tuple[str, ...], Counted]:
     found = {}
     for name, shape in itertools.product(config.devices, config.shapes):
         sharding, rows = TARGETS[name].sharding(), []
-        with mock.patch.object(jax, "default_backend", return_value=TARGETS[name].backend):
-            for dtype in config.dtypes:
-                x = jax.ShapeDtypeStruct(sizes(shape), dtype)
-                tasks: dict[str, dict[str, Counted]] = {}
-                for task, layer, f, arguments in programs(x):
-                    counted = dict(counts(task, layer, f, arguments, sharding))
-                    tasks.setdefault(task, {}).update(counted)
-                for task, layers in tasks.items():
-                    rows.append([dtype, task, *row(layers, x)])
+        for dtype in config.dtypes:
+            x = jax.ShapeDtypeStruct(sizes(shape), dtype)
+            with mock.patch.object(jax, "default_backend", return_value=TARGETS[name].backend):
+                for task, layers in counts(x, sharding).items():
+                    cells = [(layers.get(n), "moved") for n in LAYERS]
+                    cells += [(layers[n], "stored") for n in (OURS, BASELINE)]
+                    size = x.size * x.dtype.itemsize
+                    said = [f"{getattr(c, what) / size:.2f}" if c else "" for c, what in cells]
+                    rows.append([dtype, task, *said])
                     found |= {(name, shape, dtype, task, n): c for n, c in layers.items()}
         print(f"\n**{name}, {shape}**\n")
         print(table(["", "passes", *LAYERS, "stored", "flax fast"], rows))
     return found
-
-
-def row(layers: dict[str, Counted], x: jax.ShapeDtypeStruct) -> list[str]:
-    """Cells, in units of x: what each moves, and what two of them store."""
-    size = x.size * x.dtype.itemsize
-    parts = [(layers.get(name), "moved") for name in LAYERS]
-    parts += [(layers[name], "stored") for name in (OURS, BASELINE)]
-    return [f"{getattr(c, what) / size:.2f}" if c else "" for c, what in parts]
 
 
 # By task: the function that decides what is done for such devices, and what it says else.
@@ -171,16 +157,32 @@ VARIANTS = {
 }
 
 
+def counts(
+    x: jax.ShapeDtypeStruct, sharding: SingleDeviceSharding
+) -> dict[str, dict[str, Counted]]:
+    """Of every task, the layers as they are, and bn_jax without what is in `VARIANTS`."""
+    found: dict[str, dict[str, Counted]] = {}
+    for task, layer, f, arguments in programs(x):
+        layers = found.setdefault(task, {})
+        layers[layer] = count(f, arguments, sharding)
+        if layer == OURS and task in VARIANTS:
+            name, says = VARIANTS[task]
+            with mock.patch(name, return_value=says):
+                # Another function, or JAX would know the program already.
+                layers[WITHOUT] = count(functools.partial(f), arguments, sharding)
+    return found
+
+
 def programs(x: jax.ShapeDtypeStruct) -> Iterator[tuple[str, str, Callable, tuple]]:
     """Task, layer, the function and its arguments."""
     variables = contestants.initial(x.shape[-1])
     for task in contestants.TASKS:
         for layer, apply in contestants.layers(task, x.dtype).items():
-            f, arguments = apply, (*variables, x)
             if task.backward:
                 f = functools.partial(contestants.forward_backward, apply)
-                arguments = *arguments, x
-            yield task.name, layer, f, arguments
+                yield task.name, layer, f, (*variables, x, x)
+            else:
+                yield task.name, layer, apply, (*variables, x)
     for layer, norm in {OURS: BatchNorm, BASELINE: nn.BatchNorm}.items():
         blocks = Blocks(norm, x.dtype)
         shapes = jax.eval_shape(blocks.init, jax.random.key(0), x)
@@ -209,18 +211,6 @@ def gradient(model: nn.Module, variables: Any, x: jax.Array) -> tuple[Any, Any]:
         return jnp.mean(y.astype(jnp.float32) ** 2), new
 
     return jax.grad(loss, has_aux=True)(variables["params"])
-
-
-def counts(
-    task: str, layer: str, f: Callable, arguments: tuple, sharding: SingleDeviceSharding
-) -> Iterator[tuple[str, Counted]]:
-    """The layer as it is, and bn_jax without what the task's variant leaves out."""
-    yield layer, count(f, arguments, sharding)
-    if layer == OURS and task in VARIANTS:
-        name, says = VARIANTS[task]
-        with mock.patch(name, return_value=says):
-            # Another function, or JAX would know the program already.
-            yield WITHOUT, count(functools.partial(f), arguments, sharding)
 
 
 def count(f: Callable, arguments: tuple, sharding: SingleDeviceSharding) -> Counted:

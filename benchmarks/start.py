@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.where import describe_machine
+from benchmarks.machine import describe_machine
 from bn_jax.lab import flags
 from bn_jax.lab.fields import flag
 from bn_jax.lab.report.markdown import table
@@ -29,7 +29,7 @@ COMPARE = (
     "-m", "experiments.compare", "--steps=1", "--eval_every=1", "--seeds=1",
     "--learning_rates=1",
 )  # fmt: skip
-HELP = (*COMPARE[:2], "--help")
+IMPORTS = ("jax", "flax.linen", "bn_jax", "bn_jax.linen", "bn_jax.nnx")
 FIRST, AGAIN = "first step of compare", "the same again"
 # Seconds, on two cores.
 AIMS = {"import bn_jax": 1.5, "compare --help": 2.0}
@@ -46,7 +46,7 @@ def run(config: Config) -> dict[str, list[float]]:
     """Prints a table; seconds of every round come back."""
     print(describe_machine("flax") + "\n")
     with tempfile.TemporaryDirectory() as folder:
-        seconds = time_all(commands(Path(folder)), Path(folder), config.rounds)
+        seconds = time_all(Path(folder), config.rounds)
     rows = [
         [name, padded(statistics.median(times)), f"{AIMS[name]:g}" if name in AIMS else ""]
         for name, times in seconds.items()
@@ -55,30 +55,22 @@ def run(config: Config) -> dict[str, list[float]]:
     return seconds
 
 
-def commands(folder: Path) -> dict[str, tuple[str, ...]]:
-    """Arguments of Python, by name; `FIRST` is to come before `AGAIN`."""
-    imports = ("jax", "flax.linen", "bn_jax", "bn_jax.linen", "bn_jax.nnx")
+def time_all(folder: Path, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every command, in an order drawn anew for each round."""
     compare = (*COMPARE, f"--cache_dir={folder / 'cache'}", "--overwrite")
-    return {
-        **{f"import {name}": ("-c", f"import {name}") for name in imports},
-        "compare --help": HELP,
+    commands = {f"import {name}": ("-c", f"import {name}") for name in IMPORTS} | {
+        "compare --help": (*COMPARE[:2], "--help"),
         FIRST: (*compare, f"--workdir={folder / 'first'}"),
         AGAIN: (*compare, f"--workdir={folder / 'again'}"),
     }
-
-
-def time_all(
-    chosen: dict[str, tuple[str, ...]], folder: Path, rounds: int
-) -> dict[str, list[float]]:
-    """Seconds of every command, in an order drawn anew for each round."""
-    seconds: dict[str, list[float]] = {name: [] for name in chosen}
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
     order = random.Random(0)
     for _ in range(1 + rounds):
         shutil.rmtree(folder / "cache", ignore_errors=True)
-        names = [name for name in order.sample(list(chosen), len(chosen)) if name != AGAIN]
+        names = [name for name in order.sample(list(commands), len(commands)) if name != AGAIN]
         names.insert(names.index(FIRST) + 1, AGAIN)
         for name in names:
-            seconds[name].append(timed(chosen[name]))
+            seconds[name].append(timed(commands[name]))
     return {name: times[1:] for name, times in seconds.items()}
 
 

@@ -22,7 +22,6 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +29,8 @@ import numpy as np
 import optax
 from flax import linen as nn
 
+from benchmarks.machine import describe_machine
 from benchmarks.start import timed
-from benchmarks.where import describe_machine
 from bn_jax.lab import flags
 from bn_jax.lab.data import batch_indices, load
 from bn_jax.lab.data.dataset import Dataset
@@ -59,17 +58,19 @@ class Config:
     rounds: int = flag(7, "rounds, in each of which every side is timed once")
 
 
-class Outcome(NamedTuple):
-    """The median test accuracy at rate .01, and seconds of compilation where they are known."""
-
-    accuracy: float
-    compilation: float = 0.0
-
-
 def run(config: Config) -> dict[str, float]:
     """Prints two tables; seconds of the whole command and ratios to Flax come back."""
     print(describe_machine("flax") + "\n")
-    return (whole(config) if config.starts else {}) | beside_flax(config)
+    found = whole(config) if config.starts else {}
+    dataset, rows = load("circles", validation_fraction=0.2, scaling="raw"), []
+    for arm in ("none", "bn"):
+        ratios, lines = beside_flax(dataset, arm, config)
+        rows += lines
+        found |= {f"{arm}, {way}": ratio for way, ratio in ratios.items()}
+    header = ["arm, side", "runs", "seconds", "runs/s", "test accuracy", "over Flax: whole",
+              "compiled"]  # fmt: skip
+    print(table(header, rows))
+    return found
 
 
 def whole(config: Config) -> dict[str, float]:
@@ -89,56 +90,46 @@ def whole(config: Config) -> dict[str, float]:
     return medians
 
 
-def beside_flax(config: Config) -> dict[str, float]:
-    """Our runs/s over Flax's, by arm, with compilation on both sides and on none."""
-    dataset = load("circles", validation_fraction=0.2, scaling="raw")
-    rows, ratios = [], {}
-    for arm in ("none", "bn"):
-        kept = jitted_flax(arm)
-        sides = {
-            OURS: functools.partial(ours, dataset, arm, config),
-            FLAX: lambda turn, arm=arm: flax_run(
-                jitted_flax(arm), dataset, config.epochs, turn
-            ),
-            AGAIN: lambda turn, kept=kept: flax_run(kept, dataset, config.epochs, turn),
-        }
-        outcomes: dict[str, list[Outcome]] = {name: [] for name in sides}
+def beside_flax(
+    dataset: Dataset, arm: str, config: Config
+) -> tuple[dict[str, float], list[list[str]]]:
+    """One arm's runs/s over Flax's, with compilation on both sides and on none; its rows."""
+    outcomes: dict[str, list[tuple[float, float]]] = {OURS: [], FLAX: [], AGAIN: []}
+    kept = flax_runs(arm, dataset, config.epochs)
 
-        def call(name, sides=sides, outcomes=outcomes):
-            outcomes[name].append(sides[name](len(outcomes[name])))
+    def call(name):
+        turn = len(outcomes[name])
+        if name == OURS:
+            outcomes[name].append(ours(dataset, arm, config, turn))
+        else:
+            one = kept if name == AGAIN else flax_runs(arm, dataset, config.epochs)
+            outcomes[name].append((one(turn), 0.0))
 
-        calls = {name: functools.partial(call, name) for name in sides}
-        seconds = interleave(calls, config.rounds)
-        runs = len(RATES) * config.seeds
-        compilation = [o.compilation for o in outcomes[OURS][-config.rounds :]]
-        pairs = {
-            "whole": zip(seconds[OURS], seconds[FLAX], strict=True),
-            "compiled": (
-                (mine - spent, theirs)
-                for mine, spent, theirs in zip(
-                    seconds[OURS], compilation, seconds[AGAIN], strict=True
-                )
-            ),
-        }
-        found = {
-            way: statistics.median(runs * theirs / mine for mine, theirs in each)
-            for way, each in pairs.items()
-        }
-        for name, times in seconds.items():
-            accuracy = statistics.median(o.accuracy for o in outcomes[name])
-            count, over = (runs, map(padded, found.values())) if name == OURS else (1, ("", ""))
-            median = statistics.median(times)
-            rows.append([f"{arm}, {name}", f"{count:,}", padded(median), padded(count / median),
-                         f"{accuracy:.3f}", *over])  # fmt: skip
-        ratios |= {f"{arm}, {way}": ratio for way, ratio in found.items()}
-    header = ["arm, side", "runs", "seconds", "runs/s", "test accuracy", "over Flax: whole",
-              "compiled"]  # fmt: skip
-    print(table(header, rows))
-    return ratios
+    calls = {name: functools.partial(call, name) for name in outcomes}
+    seconds = interleave(calls, config.rounds)
+    runs = len(RATES) * config.seeds
+    compilation = [c for _, c in outcomes[OURS][-config.rounds :]]
+    turns = zip(seconds[OURS], compilation, seconds[FLAX], seconds[AGAIN], strict=True)
+    found = [(flax / mine, again / (mine - c)) for mine, c, flax, again in turns]
+    ratios = {
+        way: statistics.median(runs * pair[i] for pair in found)
+        for i, way in enumerate(("whole", "compiled"))
+    }
+    rows = []
+    for name, times in seconds.items():
+        accuracy = statistics.median(a for a, _ in outcomes[name])
+        count, over = (runs, map(padded, ratios.values())) if name == OURS else (1, ("", ""))
+        median = statistics.median(times)
+        rows.append([f"{arm}, {name}", f"{count:,}", padded(median), padded(count / median),
+                     f"{accuracy:.3f}", *over])  # fmt: skip
+    return ratios, rows
 
 
-def ours(dataset: Dataset, arm: str, config: Config, turn: int) -> Outcome:
-    """All runs of one arm, with the seeds that follow those of the turn before."""
+def ours(dataset: Dataset, arm: str, config: Config, turn: int) -> tuple[float, float]:
+    """The median test accuracy of all runs at rate .01, and seconds of compilation.
+
+    The seeds follow those of the turn before.
+    """
     per_epoch = dataset.train.labels.size // BATCH
 
     def model(swept):
@@ -155,20 +146,14 @@ def ours(dataset: Dataset, arm: str, config: Config, turn: int) -> Outcome:
     records = [r for rs in sweep(run, dataset, points, chosen, budget) for r in rs]
     final = [r.final() for r in records if r.learning_rate == 0.01]
     # Every record has that of the whole sweep, which compiles once.
-    return Outcome(statistics.median(final), records[0].seconds.compilation)
+    return statistics.median(final), records[0].seconds.compilation
 
 
-class Jitted(NamedTuple):
-    """Flax's network, its optimizer, and the functions that are compiled when first called."""
+def flax_runs(arm: str, dataset: Dataset, epochs: int) -> Callable[[int], float]:
+    """Test accuracy by seed, of a jitted step called from Python, as Flax's examples are.
 
-    net: nn.Module
-    tx: optax.GradientTransformation
-    step: Callable
-    accuracy: Callable
-
-
-def jitted_flax(arm: str) -> Jitted:
-    """A jitted step and an evaluation as Flax's own examples write them."""
+    The step is compiled at the first run.
+    """
 
     class Net(nn.Module):
         @nn.compact
@@ -198,26 +183,22 @@ def jitted_flax(arm: str) -> Jitted:
         out = net.apply({"params": params, "batch_stats": stats}, x, train=False)
         return jnp.mean((out > 0) == (y > 0))
 
-    return Jitted(net, tx, step, accuracy)
+    def trained(seed):
+        x, y = (np.asarray(v, np.float32) for v in dataset.train)
+        # Operation by operation: 5 ms, for which jit would compile half a second.
+        variables = net.init(jax.random.key(seed), x[:1], train=False)
+        params, stats = variables["params"], variables.get("batch_stats", {})
+        opt_state, rng, result = tx.init(params), np.random.default_rng(seed), 0.0
+        for _ in range(epochs):
+            order = rng.permutation(len(x))
+            for i in range(0, len(x) - BATCH + 1, BATCH):
+                rows = order[i : i + BATCH]
+                params, stats, opt_state = step(params, stats, opt_state, x[rows], y[rows])
+            for split in (dataset.validation, dataset.test):
+                result = float(accuracy(params, stats, *split))
+        return result
 
-
-def flax_run(jitted: Jitted, dataset: Dataset, epochs: int, seed: int) -> Outcome:
-    """One run as Flax's own examples write it: a jitted step, called from Python."""
-    net, tx, step, accuracy = jitted
-    x, y = (np.asarray(v, np.float32) for v in dataset.train)
-    # Operation by operation: 5 ms, for which jit would compile half a second.
-    variables = net.init(jax.random.key(seed), x[:1], train=False)
-    params, stats = variables["params"], variables.get("batch_stats", {})
-    opt_state = tx.init(params)
-    rng = np.random.default_rng(seed)
-    for _ in range(epochs):
-        order = rng.permutation(len(x))
-        for i in range(0, len(x) - BATCH + 1, BATCH):
-            rows = order[i : i + BATCH]
-            params, stats, opt_state = step(params, stats, opt_state, x[rows], y[rows])
-        for split in (dataset.validation, dataset.test):
-            result = float(accuracy(params, stats, *split))
-    return Outcome(result)
+    return trained
 
 
 if __name__ == "__main__":

@@ -50,10 +50,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from benchmarks.peers import ours
+from benchmarks.machine import describe_machine
+from benchmarks.peers import Task, ours
 from benchmarks.peers.process import Process
-from benchmarks.peers.task import Task
-from benchmarks.where import describe_machine
 from bn_jax import batch_norm, moments, normalize
 from bn_jax.lab import arms, flags
 from bn_jax.lab.data.batches import permutation
@@ -68,7 +67,7 @@ from bn_jax.xla import keep_memory, set_flags
 from experiments import circles
 
 CALLS = 100  # of what takes too little to be timed by itself
-CNN = Task("cifar_a", (8, 16, 64, 32), (16, 16, 3), 128, 32, augment=False)
+CNN = Task("cifar_a", (8, 16, 64, 32), (16, 16, 3), 128, 32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,21 +177,6 @@ def several(call: Callable[[], Any]) -> list[Any]:
     return [call() for _ in range(CALLS)]
 
 
-def pooling(config: Config) -> Trick:
-    """Forward and backward."""
-    x = jax.random.normal(jax.random.key(0), config.shape)
-
-    def both(f):
-        return functools.partial(jax.jit(jax.grad(lambda x: f(x).sum())), x)
-
-    return Trick(
-        "max-pool in slices", "flax.linen.max_pool",
-        "maxima of whole arrays, of which the gradient is a comparison and no scatter",
-        both(lambda x: max_pool(x, 2, 2, "VALID")),
-        both(lambda x: nn.max_pool(x, (2, 2), (2, 2))),
-    )  # fmt: skip
-
-
 def of_sweeps(config: Config) -> Iterator[Trick]:
     """Many runs of circles' network."""
     settings = circles.Config(steps=config.epochs * circles.STEPS_PER_EPOCH)
@@ -213,7 +197,7 @@ def of_sweeps(config: Config) -> Iterator[Trick]:
     )  # fmt: skip
 
     def trained(runs):
-        return ours.epochs(run, dataset, point, budget, runs, engines.VmappedSweep)[1]
+        return ours.epochs(run, dataset, point, budget, runs, engines.VmappedSweep)
 
     with mock.patch.object(engines, "without_library", dict):
         library = trained(config.runs)
@@ -239,55 +223,59 @@ def of_sweeps(config: Config) -> Iterator[Trick]:
 
 def of_dense_networks(config: Config) -> Iterator[Trick]:
     """Runs of the networks of `benchmarks.peers`, without convolutions."""
-    wide = Task("mlp", (config.width,), (8, 8, 1), 64 * config.steps, 64, augment=False)
+    wide = Task("mlp", (config.width,), (8, 8, 1), 64 * config.steps, 64)
     with mock.patch.object(engines, "_of_one", engines._over_grid):
-        vmapped = ours.trainer(wide)[1]
+        vmapped = ours.trainer(wide)
     yield Trick(
         "a single run as it is", "under vmap over axes of 1",
         "one of the two branches of a large layer's statistics: vmap computes both",
-        ours.trainer(wide)[1], vmapped,
+        ours.trainer(wide), vmapped,
     )  # fmt: skip
-    small = Task("mlp", (100, 100, 100), (8, 8, 1), 60 * config.steps, 60, augment=False)
+    small = Task("mlp", (100, 100, 100), (8, 8, 1), 60 * config.steps, 60)
     yield Trick(
         f"{config.seeds} runs on cores of their own", "in one program",
         "up to the number of cores, as operations are too small to be shared out",
-        *(ours.trainer(small, config.seeds, parallel=p)[1] for p in ("cores", "single")),
+        *(ours.trainer(small, config.seeds, parallel=p) for p in ("cores", "single")),
     )  # fmt: skip
 
 
 def of_networks(config: Config) -> Iterator[Trick]:
     """Convolutions."""
-    yield pooling(config)
+    x = jax.random.normal(jax.random.key(0), config.shape)
+
+    def pooled(f):
+        return functools.partial(jax.jit(jax.grad(lambda x: f(x).sum())), x)
+
+    yield Trick(
+        "max-pool in slices", "flax.linen.max_pool",
+        "maxima of whole arrays, of which the gradient is a comparison and no scatter",
+        pooled(lambda x: max_pool(x, 2, 2, "VALID")),
+        pooled(lambda x: nn.max_pool(x, (2, 2), (2, 2))),
+    )  # fmt: skip
     yield Trick(
         "convolutional steps from Python", "in a scan",
         "XLA takes convolutions in a loop to one core, and to a plain loop nest",
-        ours.trainer(CNN, make=engines.StepwiseSweep)[1],
-        ours.trainer(CNN, make=engines.VmappedSweep)[1],
+        ours.trainer(CNN, make=engines.StepwiseSweep),
+        ours.trainer(CNN, make=engines.VmappedSweep),
     )  # fmt: skip
     n = config.batch
-    task = Task("cifar_a", config.features, (32, 32, 3), n, n, augment=False)
-    ours_all, *others = sides = [
-        Process(ours.prepare, task, 1, start)
-        for start in (
-            ours.START,
-            (keep_memory,),
-            (*ours.START, _flax_convolutions),
-            (set_flags,),
-        )
-    ]
-    names = (
-        ("XLA's own convolutions", "those of YNN", "half of the step"),
+    task = Task("cifar_a", config.features, (32, 32, 3), n, n)
+    names = {
+        ("XLA's own convolutions", "those of YNN", "half of the step"): (keep_memory,),
         (
             "swapping axes for kernel gradients apart", "together with what came before",
             "BatchNorm and ReLU computed once more in a swapped order: a fifth of the step",
+        ): (*ours.START, _flax_convolutions),
+        ("large blocks of memory kept", "mapped anew", "the kernel clears pages: a sixth"): (
+            set_flags,
         ),
-        ("large blocks of memory kept", "mapped anew", "the kernel clears pages: a sixth"),
-    )  # fmt: skip
-    for name, other in zip(names, others, strict=True):
-        steps = (functools.partial(side.call, "step") for side in (ours_all, other))
-        yield Trick(*name, *steps)
-    for side in sides:
-        side.close()
+    }  # fmt: skip
+    own = Process(ours.prepare, task, 1, ours.START)
+    for name, start in names.items():
+        other = Process(ours.prepare, task, 1, start)
+        yield Trick(*name, *(functools.partial(side.call, "step") for side in (own, other)))
+        other.close()
+    own.close()
 
 
 def _flax_convolutions():

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from benchmarks.peers.task import CLASSES, SHIFT, Task
+from benchmarks.peers import CLASSES, SHIFT, Task
 
 
 class Mlp(nn.Module):
@@ -53,9 +53,9 @@ class CifarA(nn.Module):
 
 
 def prepare(task: Task) -> dict[str, Callable[[], Any]]:
-    """The programs, and `parameters`."""
-    net = (Mlp if task.network == "mlp" else CifarA)(task.features)
-    tx = (optax.sgd if task.network == "mlp" else optax.adam)(task.learning_rate)
+    """The programs."""
+    net = (Mlp if task.sgd else CifarA)(task.features)
+    tx = (optax.sgd if task.sgd else optax.adam)(task.learning_rate)
     images, labels = task.examples()
     variables = net.init(jax.random.key(0), unit(images[:2]), train=False)
     params, stats = variables["params"], variables["batch_stats"]

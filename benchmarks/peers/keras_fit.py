@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers.task import CLASSES, SHIFT, Task
+from benchmarks.peers import CLASSES, SHIFT, Task
 
 
 def prepare(task: Task) -> dict[str, Callable[[], Any]]:
-    """The programs, and `parameters`; images are moved by Keras' own layers."""
+    """The programs; images are moved by Keras' own layers."""
     import keras
 
     images, labels = task.examples()
     net = network(task)
-    make = keras.optimizers.SGD if task.network == "mlp" else keras.optimizers.Adam
+    make = keras.optimizers.SGD if task.sgd else keras.optimizers.Adam
     full = keras.Sequential([keras.Input(task.image), *changes(task), net])
     for model in (net, full):
         model.compile(
@@ -32,8 +32,7 @@ def prepare(task: Task) -> dict[str, Callable[[], Any]]:
     def epoch():
         return full.fit(images[:rows], labels[:rows], batch_size=task.batch, verbose=0)
 
-    count = sum(int(np.prod(v.shape)) for v in net.trainable_variables)
-    return {"step": step, "epoch": lambda: epoch() and None, "parameters": lambda: count}
+    return {"step": step, "epoch": epoch}
 
 
 def changes(task: Task) -> list[Any]:
@@ -54,7 +53,7 @@ def network(task: Task) -> Any:
         return layers.BatchNormalization(momentum=0.9)
 
     parts: list[Any] = [keras.Input(task.image)]
-    if task.network == "mlp":
+    if task.sgd:
         parts.append(layers.Flatten())
         for n in task.features:
             parts += [layers.Dense(n, use_bias=False), norm(), layers.Activation("sigmoid")]

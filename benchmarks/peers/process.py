@@ -6,15 +6,17 @@ import functools
 import importlib.util
 import multiprocessing
 import os
+import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 from unittest import mock
 
-from benchmarks.peers import flax_loop, keras_fit, ours, torch_loop
-from benchmarks.peers.task import Task
+from benchmarks.peers import Task, flax_loop, keras_fit, ours, torch_loop
 from bn_jax.errors import UserError
+from bn_jax.lab.sweeps.timing import interleave, median_ratio
 
+OURS = "bn_jax"
 _programs: dict[str, Callable[[], Any]] = {}
 
 
@@ -40,12 +42,12 @@ def _prepare(prepare, *args):
 
 
 def _call(name):
-    result = _programs[name]()
-    return result if isinstance(result, int | float) else None
+    _programs[name]()
 
 
+# The package, the function, and what its environment has.
 SIDES: dict[str, tuple[str, Callable[..., dict], dict[str, str]]] = {
-    "bn_jax": ("jax", ours.prepare, {}),
+    OURS: ("jax", ours.prepare, {}),
     "plain Flax": ("flax", flax_loop.prepare, {}),
     "torch": ("torch", torch_loop.prepare, {}),
     "Keras on JAX": ("keras", keras_fit.prepare, {"KERAS_BACKEND": "jax"}),
@@ -53,23 +55,34 @@ SIDES: dict[str, tuple[str, Callable[..., dict], dict[str, str]]] = {
 }
 
 
-def check_sides(names: Sequence[str]) -> None:
-    """Raises a UserError for a side that there is not."""
-    for name in names:
-        if name not in SIDES:
-            raise UserError(f"--sides: {name!r} is none of {', '.join(SIDES)}")
-
-
 def sides(names: Sequence[str], task: Task) -> dict[str, Process]:
-    """Those of the names whose packages are installed."""
-    chosen = {name: SIDES[name] for name in names}
+    """Those of the names whose packages are installed.
+
+    Raises:
+      UserError: there is no such side.
+    """
+    if unknown := set(names) - SIDES.keys():
+        raise UserError(f"--sides: {min(unknown)!r} is none of {', '.join(SIDES)}")
     return {
         name: Process(prepare, task, **environment)
-        for name, (package, prepare, environment) in chosen.items()
-        if importlib.util.find_spec(package)
+        for name, (package, prepare, environment) in SIDES.items()
+        if name in names and importlib.util.find_spec(package)
     }
 
 
-def programs(processes: dict[str, Process], name: str) -> dict[str, Callable[[], Any]]:
-    """One program of every side, to be timed."""
-    return {side: functools.partial(p.call, name) for side, p in processes.items()}
+class Times(dict[str, list[float]]):
+    """Seconds of a program, of every side in every round."""
+
+    @classmethod
+    def of(cls, processes: dict[str, Process], program: str, rounds: int) -> Times:
+        """All sides take turns."""
+        calls = {side: functools.partial(p.call, program) for side, p in processes.items()}
+        return cls(interleave(calls, rounds))
+
+    def medians(self) -> dict[str, float]:
+        """Over the rounds."""
+        return {side: statistics.median(seconds) for side, seconds in self.items()}
+
+    def ratio(self, side: str, other: str) -> float:
+        """The median over the rounds of a side's time over another's, NaN where one is not."""
+        return median_ratio(self, side, other) if {side, other} <= self.keys() else float("nan")

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.peers.task import CLASSES, SHIFT, Task
+from benchmarks.peers import CLASSES, SHIFT, Task
 
 
 def prepare(task: Task) -> dict[str, Callable[[], Any]]:
-    """The programs, and `parameters`."""
+    """The programs."""
     import torch
 
     net = network(task).to(memory_format=torch.channels_last)
-    make = torch.optim.SGD if task.network == "mlp" else torch.optim.Adam
+    make = torch.optim.SGD if task.sgd else torch.optim.Adam
     optimizer, loss_of = make(net.parameters(), task.learning_rate), torch.nn.CrossEntropyLoss()
     images, labels = (torch.from_numpy(v) for v in task.examples())
     images, labels = images.permute(0, 3, 1, 2), labels.long()
@@ -46,7 +46,7 @@ def network(task: Task) -> Any:
     from torch import nn
 
     layers, (height, width, channels) = [], task.image
-    if task.network == "mlp":
+    if task.sgd:
         size = height * width * channels
         layers.append(nn.Flatten())
         for n in task.features:

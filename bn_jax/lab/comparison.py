@@ -101,7 +101,10 @@ def run(
     def conclude(training):
         result = summarize(training.records, baseline=config.arms[0], target=config.target)
         found = further(dataclasses.replace(training, result=result))
-        return dataclasses.replace(found, summary={**result.to_json(), **found.summary})
+        measure = own.measure(config, training.dataset, given)
+        named = {} if measure == "accuracy" else {"measure": measure}
+        summary = {**result.to_json(), **named, **found.summary}
+        return dataclasses.replace(found, summary=summary)
 
     return run_experiment(
         config, chosen_arms(config.arms, known or norm_arms(has_own_model)),

@@ -165,6 +165,13 @@ def _r2(variance: float, outputs: jax.Array, labels: jax.Array) -> jax.Array:
     return 1 - squared_error(outputs, labels) / variance
 
 
+def measure(config: Config, dataset: Dataset, given: Given) -> str:
+    """Returns the name of the metric: "accuracy", "r2", or that of the user's function."""
+    if given.metric is not None:
+        return shown(given.metric)
+    return (config.metric or METRICS[not dataset.num_classes]).rpartition(":")[2]
+
+
 def optimizer_of(config: Optimization, given: Given = NOTHING) -> str | Alias:
     """Returns a name of `RULES`, or a function from a learning rate to an optimizer.
 

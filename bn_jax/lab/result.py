@@ -135,7 +135,8 @@ def records_frame(records: Sequence[Record]) -> pd.DataFrame:
         for r in records
         for i, step in enumerate(r.steps)
     ]
-    return pd.DataFrame(rows)
+    floats = dict.fromkeys(("momentum", *SERIES), float)
+    return pd.DataFrame(rows).astype(floats)
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:

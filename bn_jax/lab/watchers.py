@@ -11,6 +11,7 @@ import numpy as np
 
 from bn_jax.errors import UserError
 from bn_jax.lab.sweeps import Evaluation, Point
+from bn_jax.lab.training.metrics import correct
 
 Watch = Callable[[str, Evaluation], None]
 
@@ -32,6 +33,8 @@ def note(evaluation: Evaluation, steps_per_epoch: int | None = None) -> str:
     at = f"step {evaluation.step:,}"
     if steps_per_epoch:
         at = f"epoch {evaluation.step // steps_per_epoch:,}"
+    if evaluation.run.metric is not correct:
+        return f"{at}, loss {loss:.3g}, validation metric {accuracy:.3g}"
     return f"{at}, loss {loss:.3g}, validation accuracy {accuracy:.1%}"
 
 

@@ -33,7 +33,8 @@ class Net(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         x = x.reshape(len(x), -1)
-        x = nn.Dense(8, use_bias=False)(x)
+        glorot = nn.initializers.xavier_normal()
+        x = nn.Dense(8, use_bias=False, kernel_init=glorot)(x)
         x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
         return nn.Dense(self.num_outputs)(nn.sigmoid(x))
 
@@ -127,8 +128,9 @@ def test_runs_of_two_days_are_one_comparison(result, tmp_path):
 def test_numbers_are_predicted(tmp_path):
     """R squared follows from the loss, by its definition."""
     y = X[:, 0] - 2 * X[:, 1]
-    net = functools.partial(Net)
-    found = compare(net, {"x_train": X, "y_train": y}, tmp_path / "w", arms=("bn",))
+    found = compare(
+        functools.partial(Net), {"x_train": X, "y_train": y}, tmp_path / "w", arms=("bn",)
+    )
     variance = np.var(np.asarray(load_data((X, y)).test.labels))
     for r in found.records:
         np.testing.assert_allclose(r.test_accuracy, 1 - np.array(r.test_loss) / variance, 1e-3)

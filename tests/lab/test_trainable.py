@@ -300,7 +300,7 @@ class Needs(nn.Module):
         ),
         (functools.partial(nn.Dense, "wide"), r"^mine:Net: \w+Error: "),
     ],
-    ids=str,
+    ids=["dict", "int", "two", "class", "call", "untold", "random", "own error"],
 )
 def test_what_cannot_be_trained_is_refused(source, match):
     with pytest.raises(UserError, match=match) as refused:

@@ -104,8 +104,9 @@ def population_of(batches, population):
 
 
 @each_subject
-@pytest.mark.parametrize("layer_by_layer", [False, True])
-@pytest.mark.parametrize("population", [pooled, algorithm_2])
+@pytest.mark.parametrize(
+    ("population", "layer_by_layer"), [(pooled, False), (pooled, True), (algorithm_2, True)]
+)
 def test_against_float64(build, norm, population, layer_by_layer):
     model, variables, call, kernels, paths = build(norm)
     got = recalibrate(
@@ -389,8 +390,9 @@ LIFTED = {
 }
 
 
-@pytest.mark.parametrize("around", LIFTED.values(), ids=LIFTED)
-@pytest.mark.parametrize("layer_by_layer", [False, True])
+@pytest.mark.parametrize(
+    ("around", "layer_by_layer"), [*zip(LIFTED.values(), (True, False, True), strict=True)]
+)
 def test_within_remat_and_jit(around, layer_by_layer):
     variables = Lifted().init(jax.random.key(0), X, False)
     call = {"layer_by_layer": layer_by_layer}

@@ -6,20 +6,41 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from bn_jax.lab.report.text import number, subject, whole
+from bn_jax.lab.report.text import number, percent, subject, whole
 from bn_jax.lab.statistics import ArmResult, Summary
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome(Summary):
-    """A `Summary`, and its `subject`: "digits, mlp"."""
+    """A `Summary`, its `subject`, "digits, mlp", and the name of the metric."""
 
     subject: str = ""
+    measure: str = "accuracy"
 
     @classmethod
     def of(cls, summary: Mapping[str, Any]) -> Outcome:
         """Returns the comparison in the content of a `summary.json`."""
-        return cls.from_json(summary, subject=subject(summary))
+        measure = summary.get("measure", "accuracy")
+        return cls.from_json(summary, subject=subject(summary), measure=measure)
+
+    @property
+    def is_accuracy(self) -> bool:
+        """Whether the metric is the accuracy, which is told in per cent."""
+        return self.measure == "accuracy"
+
+    @property
+    def times(self) -> float:
+        """What the metric is multiplied by where it is told."""
+        return 100 if self.is_accuracy else 1
+
+    @property
+    def unit(self) -> str:
+        """ "accuracy (%)"."""
+        return "accuracy (%)" if self.is_accuracy else self.measure
+
+    def value(self, metric: float) -> str:
+        """ "97.1", or three digits of another metric."""
+        return percent(metric) if self.is_accuracy else number(metric)
 
     @property
     def rates(self) -> list[float]:
@@ -45,7 +66,9 @@ class Outcome(Summary):
     @property
     def near_best(self) -> bool:
         """Whether an arm comes so near 100 % that a linear axis would hide differences."""
-        return any((arm.max_accuracy.median or 0) > 0.85 for arm in self.arms)
+        return self.is_accuracy and any(
+            (arm.max_accuracy.median or 0) > 0.85 for arm in self.arms
+        )
 
     @property
     def scales_vary(self) -> bool:
@@ -77,7 +100,9 @@ class Outcome(Summary):
         """ "test accuracy 95 % (given)"."""
         chosen = self.target.chosen
         chosen += f", {self.baseline}" if self.baseline and "baseline" in chosen else ""
-        return f"test accuracy {100 * self.target.value:.4g} % ({chosen})"
+        sign = " %" if self.is_accuracy else ""
+        level = f"{self.times * self.target.value:.4g}{sign}"
+        return f"test {self.measure} {level} ({chosen})"
 
     @property
     def headline(self) -> str:

@@ -59,8 +59,10 @@ def learning_curves(records: Records, comparison: Outcome) -> Figure:
     for place, arm in enumerate(comparison.arms):
         if not (runs := arm.runs(records)):
             continue
-        accuracy = [[a or 0.0 for a in run.test_accuracy] for run in runs]
-        quartiles = np.quantile(100 * np.array(accuracy), (0.25, 0.5, 0.75), axis=0)
+        accuracy = [run.filled() for run in runs]
+        quartiles = np.quantile(
+            comparison.times * np.array(accuracy), (0.25, 0.5, 0.75), axis=0
+        )
         steps, style = np.asarray(runs[0].steps, float), styles[arm.arm]
         _draw_curve(steps_panel, steps, quartiles, style, place)
         _draw_curve(
@@ -73,7 +75,7 @@ def learning_curves(records: Records, comparison: Outcome) -> Figure:
         lost = sum(run.diverged_at is not None for run in runs)
         count = plural(len(runs), "run") + (f", {lost} diverged" if lost else "")
         steps_panel.lines[-1].set_label(f"{arm.arm}, {comparison.label(arm)} ({count})")
-    tidy(steps_panel, "training steps", "test accuracy (%)")
+    tidy(steps_panel, "training steps", f"test {comparison.unit}")
     steps_panel.xaxis.set_major_formatter("{x:,.0f}")
     tidy(seconds_panel, "training time per run (s)")
     for ax in (steps_panel, seconds_panel):
@@ -125,13 +127,14 @@ def accuracy_against_rate(comparison: Outcome) -> Figure:
     else:
         ax = strip = figure.subplots()
     ends = [
-        100 * np.array([_ends(Estimate() if p.lost else p.final_accuracy, 1) for p in line]).T
+        comparison.times
+        * np.array([_ends(Estimate() if p.lost else p.final_accuracy, 1) for p in line]).T
         for line in lines
     ]
     _draw_arms(ax, strip, comparison, ends)
     accuracy_axis(ax, comparison)
     name_target(ax, comparison)
-    _finish(figure, ax, strip, comparison, "final test accuracy (%)")
+    _finish(figure, ax, strip, comparison, f"final test {comparison.unit}")
     return figure
 
 

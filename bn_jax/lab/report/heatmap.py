@@ -31,7 +31,8 @@ def heat_maps(comparison: Outcome) -> Figure:
     maps = np.stack([_medians(comparison, arm, rates, scales) for arm in comparison.arms])
     forward, _, ticks = accuracy_scale(comparison.near_best)
     best = float(np.nanmax(maps)) if np.isfinite(maps).any() else 100.0
-    low, high = forward(np.array([0.0, best]))
+    worst = min(0.0, float(np.nanmin(maps))) if np.isfinite(maps).any() else 0.0
+    low, high = forward(np.array([worst, best]))
     norm = Normalize(low, high)
     figure, axes = _panels(len(maps), len(scales))
     for ax, arm, medians in zip(axes, comparison.arms, maps, strict=True):
@@ -48,7 +49,7 @@ def heat_maps(comparison: Outcome) -> Figure:
     ticks = [tick for tick in ticks if tick < 0.99 * best] + [best]
     bar.set_ticks(list(forward(np.array(ticks))), labels=[number(tick) for tick in ticks])
     bar.minorticks_off()
-    bar.set_label("final test accuracy (%)", fontsize=SMALL)
+    bar.set_label(f"final test {comparison.unit}", fontsize=SMALL)
     bar.ax.tick_params(labelsize=SMALL)
     return figure
 
@@ -75,7 +76,7 @@ def _medians(
         if (p.arm, p.momentum) == (arm.arm, arm.momentum) and not p.lost:
             place = scales.index(p.init_scale), rates.index(p.learning_rate)
             median = p.final_accuracy.median
-            medians[place] = np.nan if median is None else 100 * median
+            medians[place] = np.nan if median is None else comparison.times * median
     return medians
 
 

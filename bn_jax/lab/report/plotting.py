@@ -97,20 +97,25 @@ def strip_axis(strip: Axes, rows: int, label: str) -> None:
 
 def accuracy_axis(ax: Axes, comparison: Outcome) -> None:
     """0 to 100 %, with the room near 100 where the arms are told apart, and the target."""
+    if comparison.is_accuracy:
+        _percent_axis(ax, comparison)
+    level = comparison.times * comparison.target.value
+    ax.axhline(level, color=GREY, linewidth=1, linestyle=DASHED, zorder=1.5)
+
+
+def _percent_axis(ax: Axes, comparison: Outcome) -> None:
     forward, inverse, ticks = accuracy_scale(comparison.near_best)
     ax.set_yscale("function", functions=(forward, inverse))
     ax.set_ylim(0, 100)
     ax.set_yticks(ticks)
     ax.minorticks_off()
-    level = 100 * comparison.target.value
-    ax.axhline(level, color=GREY, linewidth=1, linestyle=DASHED, zorder=1.5)
 
 
 def name_target(ax: Axes, comparison: Outcome) -> None:
     """The value of the target, to the right of its line."""
-    level = 100 * comparison.target.value
+    level = comparison.times * comparison.target.value
     ax.annotate(
-        f"target\n{level:.4g} %",
+        f"target\n{level:.4g}" + " %" * comparison.is_accuracy,
         (1, level),
         xycoords=("axes fraction", "data"),
         xytext=(4, 0),

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bn_jax.lab.report.comparison import Outcome
-from bn_jax.lab.report.text import cell, number, padded, percent, whole
+from bn_jax.lab.report.text import cell, number, padded, whole
 from bn_jax.lab.statistics import ArmResult
 
-MEASURED = ("steps to target", "seconds to target", "best test accuracy (%)")
+MEASURED = ("steps to target", "seconds to target")
 COUNTED = ("runs reached", "runs diverged")
 SAID = {True: "yes", False: "no", None: ""}
 
@@ -38,7 +38,8 @@ def summary_table(comparison: Outcome) -> Table:
 
     A cell with an interval has two lines, "310" and "[290, 350]"; one seed has no interval.
     """
-    header = ["arm", "best learning rate", *MEASURED, "rates that train", *COUNTED]
+    best = f"best test {comparison.unit}"
+    header = ["arm", "best learning rate", *MEASURED, best, "rates that train", *COUNTED]
     note = (
         "Median over seeds with the 95 % interval below it. The best learning rate of an arm "
         "is chosen on the validation set."
@@ -51,7 +52,8 @@ def same_rate_table(comparison: Outcome) -> Table | None:
     """The same table at the baseline's rate for all arms; None where that was not measured."""
     if not (same := comparison.same):
         return None
-    header = ["arm", *MEASURED, "final test accuracy (%)", "trains", *COUNTED]
+    measured = [f"{which} test {comparison.unit}" for which in ("best", "final")]
+    header = ["arm", *MEASURED, *measured, "trains", *COUNTED]
     note = f"All arms at {comparison.same_label}, the baseline's best."
     return Table("All arms at the same learning rate", header, _rows(header, same), note)
 
@@ -93,8 +95,8 @@ def _cells(arm: ArmResult, comparison: Outcome) -> dict[str, str]:
         "seconds to target": cell(
             arm.seconds_to_target, padded, open_end="never", missing=lost
         ),
-        "best test accuracy (%)": cell(arm.max_accuracy, percent),
-        "final test accuracy (%)": cell(arm.final_accuracy, percent),
+        f"best test {comparison.unit}": cell(arm.max_accuracy, comparison.value),
+        f"final test {comparison.unit}": cell(arm.final_accuracy, comparison.value),
         "trains": SAID[arm.trains],
         "rates that train": rates if arm.trainable_learning_rates else "no rate",
         "runs reached": arm.count,

@@ -122,9 +122,15 @@ class Record:
         """Arm, point and seed, which no two runs have in common."""
         return self.arm, self.point, self.seed
 
+    def filled(self, metric: str = "test_accuracy") -> list[float]:
+        """A series with 0 from where the run had diverged; or its smallest value, if less."""
+        values = getattr(self, metric)
+        worst = min((v for v in values if v is not None), default=0.0)
+        return [min(0.0, worst) if v is None else v for v in values]
+
     def final(self, metric: str = "test_accuracy") -> float:
-        """The last value of a series; 0 where the run had diverged."""
-        return getattr(self, metric)[-1] or 0.0
+        """The last value of a filled series."""
+        return self.filled(metric)[-1]
 
     def best(self, metric: str = "test_accuracy") -> float:
         """The largest value of a series; 0 where there is none."""

@@ -315,6 +315,11 @@ def _speedups(
 
 
 def _ratios(base: Runs, runs: Runs, goal: Target) -> tuple[Ratio, Ratio]:
+    # Where the seeds differ those that both have.
+    common = {r.seed for r in base} & {r.seed for r in runs}
+    base, runs = ([r for r in some if r.seed in common] for some in (base, runs))
+    if not common:
+        return Ratio(None, (None, None)), Ratio(None, (None, None))
     base_steps, steps = (_steps(r, "test_accuracy", goal.value) for r in (base, runs))
     budget = [r.steps[-1] for r in base]
     seconds = _seconds(base, base_steps), _seconds(runs, steps), _seconds(base, budget)

@@ -91,7 +91,7 @@ def parsed(text: str) -> str | Alias:
     alias = getattr(optax, name, None)
     taken = inspect.signature(alias).parameters if inspect.isfunction(alias) else {}
     if "learning_rate" not in taken:
-        near = difflib.get_close_matches(name, [*RULES, *dir(optax)], 3)
+        near = [n for n in difflib.get_close_matches(name, dir(optax), 8) if n not in RULES]
         raise UserError(
             f"--optimizer={text}: choose from {', '.join(RULES)}, or an alias of optax such as "
             f"{', '.join(near) or 'adamw, lion'}, or package.module:name"
