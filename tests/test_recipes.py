@@ -10,7 +10,8 @@ SECTION = re.compile(r"^## (\w+)", re.M)
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 
 
-def test_the_recipes():
+def test_the_recipes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "recipes"}
     text = PAGE.read_text(encoding="utf-8")
     blocks = list(BLOCK.finditer(text))
