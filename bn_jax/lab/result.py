@@ -184,12 +184,9 @@ def join(
     renamed = [
         dataclasses.replace(r, arm=(names or {}).get(r.arm, r.arm)) for r in second.records
     ]
-    both = {r.run for r in first.records} & {r.run for r in renamed}
-    if both:
-        arm = next(iter(both))[0]
-        raise UserError(
-            f"arm {arm} has the same runs in both: give it another name, names={{...}}"
-        )
+    runs = {r.run for r in first.records}
+    if double := [r.arm for r in renamed if r.run in runs]:
+        raise UserError(f"arm {double[0]} has the same runs in both: rename it, names={{...}}")
     records = (*first.records, *renamed)
     found = summarize(records, baseline=a.arms[0].arm, target=a.target.value)
     counts = {arm.arm: arm.seeds for arm in found.arms}
