@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from bn_jax.lab.own import NOTHING, Given
 from bn_jax.lab.result import Comparison
 from bn_jax.lab.statistics import summarize
 from bn_jax.lab.watchers import Watch
+from bn_jax.lab.workdir import new_folder
 
 __all__ = ["Config", "compare", "run"]
 
@@ -61,8 +63,10 @@ def compare(
     values |= {"loss": loss, "metric": metric}
     given = Given(**{k: None if isinstance(v, str) else v for k, v in values.items()})
     names = {k: v if v is None else own.shown(v) for k, v in values.items() if k != "data"}
-    config = Config(dataset=own.shown(data), **names, **flags)
-    return Comparison.load(run(config, given=given)["folder"])
+    folder = flags.pop("workdir", None) or new_folder(Path("runs") / EXPERIMENT)
+    config = Config(dataset=own.shown(data), **names, **flags, workdir=str(folder))
+    run(config, given=given)
+    return Comparison.load(folder)
 
 
 def run(

@@ -105,9 +105,7 @@ def run_experiment(
     load: Callable[[C], Dataset] = load_data,
     build: Callable[[C, Arm, Dataset], Run] = build_run,
 ) -> dict[str, Any]:
-    """Trains the arms and fills the workdir.
-
-    What `summary.json` holds comes back, and `folder`, where it is.
+    """Trains the arms and fills the workdir; what `summary.json` holds comes back.
 
     Args:
       config: of the experiment.
@@ -132,7 +130,7 @@ def run_experiment(
     sizes.check_records(config, budgets)
     with workdir.entered(config, experiment) as (folder, shared):
         if (finished := workdir.finished(shared)) is not None:
-            return finished | {"folder": str(folder)}
+            return finished
         settings = workdir.write_config(folder, config, experiment, **started, command=command)
         if config.summary:
             print_layers(runs, dataset)
@@ -150,7 +148,7 @@ def run_experiment(
         page = write(records, summary, settings, folder, found.figures)
         print_summary(summary)
         print(page)
-        return summary | {"folder": str(folder)}
+        return summary
 
 
 def start_jax(config: Processes, cache_dir: str | None) -> dict[str, Any]:

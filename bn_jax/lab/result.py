@@ -190,7 +190,8 @@ def join(
     records = (*first.records, *renamed)
     found = summarize(records, baseline=a.arms[0].arm, target=a.target.value)
     counts = {arm.arm: arm.seeds for arm in found.arms}
-    about = {k: first.summary[k] for k in ("experiment", "question", "dataset", "model")}
+    shared = ("experiment", "question", "dataset", "model", "measure")
+    about = {k: first.summary[k] for k in shared if k in first.summary}
     seeds = ", ".join(f"{arm} {n}" for arm, n in counts.items())
     note = {} if len({*counts.values()}) == 1 else {"seeds": f"unequal: {seeds}"}
     summary = json.loads(json.dumps(about | found.to_json() | note))

@@ -80,7 +80,7 @@ def created(
 
 def _made(path: str | None, experiment: str) -> Path:
     if not path:
-        return _new(Path("runs", experiment))
+        return new_folder(Path("runs", experiment))
     folder = Path(path).expanduser()
     if os.path.lexists(folder) and not folder.is_dir():
         kind = "a file" if folder.exists() else "a symbolic link to nothing"
@@ -120,7 +120,7 @@ def _text(value):
     return ",".join(map(str, value)) if isinstance(value, list) else value
 
 
-def _new(parent: Path) -> Path:
+def new_folder(parent: Path) -> Path:
     """A folder named by the time, made here: of two processes each makes its own."""
     now, number = time.strftime("%Y%m%d-%H%M%S"), 1
     while True:
