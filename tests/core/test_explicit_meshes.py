@@ -109,6 +109,10 @@ FUNCTIONS = {
 }
 
 
+# The others are long.
+OFTEN = {"batch_norm", "mask", "ghosts", "renorm", "domains", "debiased_ema"}
+
+
 def with_gradient(f, v):
     """What f returns, and the gradient by x of a sum of functions of it."""
 
@@ -135,7 +139,10 @@ def on_one_device(name):
     ],
     ids="+".join,
 )
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in OFTEN else pytest.param(n, marks=pytest.mark.long) for n in FUNCTIONS],
+)
 def test_sharded_is_one_device(name, sharded):
     want = jax.tree.map(np.asarray, on_one_device(name))
     run = jax.jit(functools.partial(with_gradient, FUNCTIONS[name]))
