@@ -33,7 +33,8 @@ HASTY = {
 LONG = {
     "test_airbench", "test_cifar", "test_convolution", "test_dense", "test_eager",
     "test_early_stopping", "test_inception", "test_lstm", "test_masks", "test_resnet",
-    "test_accumulate", "test_convert_beside", "test_diagnose_lifted", "test_overflow", "test_convert_keras",
+    "test_accumulate", "test_convert_beside", "test_convert_keras",
+    "test_diagnose_lifted", "test_overflow",
     "test_convert_layers", "test_convert_torch", "test_diagnose_models",
     "test_diagnose_statistics", "test_diagnose_training", "test_flow", "test_fold",
     "test_foreign", "test_notebooks", "test_transformations",
