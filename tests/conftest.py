@@ -28,8 +28,8 @@ HASTY = {
 }  # fmt: skip
 
 
-# Many cases of what changes seldom: some ten minutes. `pytest -m long` runs these alone,
-# `pytest -m ""` all; .ci/run a third of them, another one every day.
+# Many cases of what changes seldom, half an hour in all. `pytest -m long` runs these alone,
+# `pytest -m ""` all; .ci/run a fifth of them, another one every day.
 LONG = {
     "test_airbench", "test_cifar", "test_convolution", "test_dense", "test_eager",
     "test_early_stopping", "test_inception", "test_lstm", "test_masks", "test_resnet",
