@@ -405,10 +405,11 @@ def test_reasons_are_found_by_the_beginning_of_a_quantity():
 
 
 def test_progress_counts_steps_or_epochs():
+    from bn_jax.lab.training.metrics import correct
     from bn_jax.lab.watchers import note
 
     report = {"train_loss": 0.5, "validation_accuracy": 0.25, "diverged_at": -1}
     report = {k: np.full((1, 1), v) for k, v in report.items()}
-    evaluation = SimpleNamespace(step=30, report=report)
+    evaluation = SimpleNamespace(step=30, report=report, run=SimpleNamespace(metric=correct))
     assert note(evaluation, 10) == "epoch 3, loss 0.5, validation accuracy 25.0%"
     assert note(evaluation) == "step 30, loss 0.5, validation accuracy 25.0%"

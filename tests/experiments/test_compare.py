@@ -17,7 +17,7 @@ from bn_jax.errors import UserError
 from bn_jax.lab import comparison, workdir
 from bn_jax.lab.report import read_json as load
 from bn_jax.lab.report import read_records
-from bn_jax.lab.statistics import summarize
+from bn_jax.lab.statistics import Record, summarize
 
 LEFT = ["config.json", "figures", "records.jsonl", "report.html", "summary.json"]
 
@@ -80,7 +80,7 @@ def test_the_records_and_the_summary(finished):
         starts.setdefault((r["arm"], r["seed"]), set()).add(r["test_loss"][0])
     # A seed has the same initial weights at every learning rate.
     assert [len(v) for v in starts.values()] == [1] * 4
-    again = summarize(records, baseline="none")
+    again = summarize([*map(Record.from_json, records)], baseline="none").to_json()
     assert {k: summary[k] for k in again} == json.loads(json.dumps(again))
 
 
@@ -141,7 +141,7 @@ REFUSED = [
     ({"model": "nothing"}, "--model: unknown 'nothing', choose from mlp, cnn"),
     ({"places": ("nothing",)}, "unknown 'nothing', choose from input, before, after"),
     ({"activation": "nothing"}, "unknown 'nothing', choose from relu, sigmoid"),
-    ({"optimizer": "nothing"}, "unknown 'nothing', choose from sgd, sgd_momentum"),
+    ({"optimizer": "nothing"}, "--optimizer=nothing: choose from sgd, sgd_momentum"),
     ({"scaling": "nothing"}, "unknown.*'nothing'.*standard, unit, raw"),
     ({"dataset": "nothing", "data_dir": "/"}, "unknown dataset 'nothing': circles, digits, or"),
     (

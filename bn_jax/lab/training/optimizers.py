@@ -88,18 +88,24 @@ def parsed(text: str) -> str | Alias:
         options = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
     except (SyntaxError, ValueError) as e:
         raise UserError(f"--optimizer={text}: write a name, or name(option=value)") from e
-    alias = getattr(optax, name, None)
-    taken = inspect.signature(alias).parameters if inspect.isfunction(alias) else {}
+    alias, taken = getattr(optax, name, None), _taken(name)
     if "learning_rate" not in taken:
-        near = [n for n in difflib.get_close_matches(name, dir(optax), 8) if n not in RULES]
+        known = [n for n in dir(optax) if n not in RULES and "learning_rate" in _taken(n)]
+        near = difflib.get_close_matches(name, known)
         raise UserError(
             f"--optimizer={text}: choose from {', '.join(RULES)}, or an alias of optax such as "
             f"{', '.join(near) or 'adamw, lion'}, or package.module:name"
         )
     if unknown := [option for option in options if option not in taken]:
-        own = ", ".join(list(taken)[1:])
+        own = ", ".join(taken[1:])
         raise UserError(f"--optimizer={text}: {name} has no {unknown[0]} among {own}")
     return functools.partial(cast(Alias, alias), **options)
+
+
+def _taken(name: str) -> list[str]:
+    """The arguments of one of optax's functions; none where it is no function."""
+    found = getattr(optax, name, None)
+    return list(inspect.signature(found).parameters) if inspect.isfunction(found) else []
 
 
 def kernels(params: Any) -> Any:
