@@ -81,7 +81,7 @@ def build(config: Config, arm: Arm, dataset: Dataset) -> Lookahead:
     )
     return Lookahead(
         run.model, make, run.scaled, batches, run.loss,
-        functools.partial(translate, own.translate),
+        augment=functools.partial(translate, own.translate),
         steps=own.steps, epoch=epoch, begin=EPOCHS * epoch,
     )  # fmt: skip
 

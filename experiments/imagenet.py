@@ -37,13 +37,13 @@ if TYPE_CHECKING or __name__ != "__main__":  # `--help` does not wait for these
     from bn_jax.lab.progress import Progress
     from bn_jax.lab.report.page import write as write_page
     from bn_jax.lab.report.terminal import print_summary
-    from bn_jax.lab.statistics import Point, Record, Seconds
-    from bn_jax.lab.statistics.records import Series
+    from bn_jax.lab.statistics import Point, Seconds
     from bn_jax.lab.training.distributed import everyone
     from bn_jax.lab.training.optimizers import RULES
     from bn_jax.lab.training.schedules import SCHEDULES
     from bn_jax.lab.training.signals import on_sigterm
     from experiments import imagenet_training as training
+    from experiments.imagenet_training import ImageNetRecord
 
 EXPERIMENT = "imagenet"
 PER = 256  # examples, for which `learning_rate` is
@@ -208,15 +208,6 @@ def open_sets(config: Config) -> tuple[Config, int, Records, Records]:
     return config, warmup, train, test
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageNetRecord(Record):
-    """A run, with its top-5 accuracy, the broken images left out and the steps skipped."""
-
-    test_top5_accuracy: Series
-    bad_examples: int
-    skipped_steps: int
-
-
 def record(config: Config, name: str, at: training.Position, skipped: int) -> ImageNetRecord:
     """Returns what an arm measured."""
     momentum = config.momentum if norm_arms()[name].has_momentum else None
@@ -247,7 +238,7 @@ def record(config: Config, name: str, at: training.Position, skipped: int) -> Im
         diverged_at=at.diverged_at,
         bad_examples=at.bad + at.test_bad,
         skipped_steps=skipped,
-        seconds=Seconds(per_step, at.training, at.evaluation, at.compilation),
+        seconds=Seconds(per_step, at.training, at.evaluation, compilation=at.compilation),
     )
 
 

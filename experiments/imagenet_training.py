@@ -23,6 +23,8 @@ from bn_jax.lab.arms import Arm, rule_of
 from bn_jax.lab.data.stream import Batch, Records, batches
 from bn_jax.lab.flags import Stopped
 from bn_jax.lab.models import FAMILIES
+from bn_jax.lab.statistics import Record
+from bn_jax.lab.statistics.records import Series
 from bn_jax.lab.sweeps.threaded import cores
 from bn_jax.lab.training.checkpoint import Checkpoints
 from bn_jax.lab.training.distributed import any_process, everyone
@@ -41,6 +43,15 @@ DROPS, OF = (30, 60, 80), 90
 # Of ImageNet's training images in [0, 1], red, green and blue.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Placed = tuple[jax.Array, ...]  # images, labels, which count, which are broken
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageNetRecord(Record):
+    """A run, with its top-5 accuracy, the broken images left out and the steps skipped."""
+
+    test_top5_accuracy: Series
+    bad_examples: int
+    skipped_steps: int
 
 
 class Sums(NamedTuple):

@@ -47,5 +47,5 @@ def sure_ratio(value):
 
 
 def timeless(record):
-    """The line of a record, without what differs from run to run."""
-    return {k: v for k, v in record.to_json().items() if k != "seconds"}
+    """The line of a record, without its arm and what differs from run to run."""
+    return {k: v for k, v in record.to_json().items() if k not in ("arm", "seconds")}

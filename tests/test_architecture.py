@@ -37,6 +37,7 @@ ALLOWED = {
     },
     "lab": {
         "optax",
+        "pandas",
         "bn_jax",
         "absl",
         "flax",

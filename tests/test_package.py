@@ -32,6 +32,6 @@ def test_the_laboratory_names_its_extra(monkeypatch):
     with pytest.raises(ImportError) as e:
         importlib.import_module("bn_jax.lab")
     assert str(e.value) == (
-        "bn_jax.lab needs absl, jinja2, matplotlib, orbax, rich, sklearn, tensorflow_datasets: "
-        "pip install 'bn_jax[lab]'"
+        "bn_jax.lab needs absl, jinja2, matplotlib, orbax, pandas, rich, sklearn, "
+        "tensorflow_datasets: pip install 'bn_jax[lab]'"
     )

@@ -69,15 +69,15 @@ class Seconds:
     Attributes:
       per_step: of training, without compilation and evaluation.
       training, evaluation: of the whole run.
+      runs_at_once: how many runs were trained together: these times are a run's share.
       compilation: of all runs that were trained with it.
-      runs_at_once: how many runs were trained together: the other times are a run's share.
     """
 
     per_step: float
     training: float = 0.0
     evaluation: float = 0.0
-    compilation: float = 0.0
     runs_at_once: int = 1
+    compilation: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

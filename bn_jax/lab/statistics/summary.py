@@ -85,7 +85,9 @@ class ArmResult:
 
     def to_json(self) -> dict[str, Any]:
         """Returns an entry of `arms` of `summary.json`."""
-        return vars(self) | {name: getattr(self, name).to_json() for name in ESTIMATES}
+        rates = self.trainable_learning_rates
+        own = {"trainable_learning_rates": rates and [*rates]}
+        return vars(self) | own | {name: getattr(self, name).to_json() for name in ESTIMATES}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> ArmResult:
